@@ -1,0 +1,53 @@
+"""What a user reads when something goes wrong: one line, and an exit code a script can test.
+
+Modules raise these exceptions; only `main()` of a script turns them into the line and the code:
+
+    0 done   2 usage   3 data   4 checkpoint   5 resources   6 diverged   130, 143 interrupted
+"""
+
+
+class UserError(Exception):
+    """A mistake or a misfortune that the user can mend.
+
+    where: the path or the flag; what: what is wrong with it; fix: what to do."""
+
+    exit_code = 2
+
+    def __init__(self, where: object, what: str, fix: str):
+        super().__init__(f"{where}: {what}. Fix: {fix}")
+
+
+class UsageError(UserError):
+    """A flag or a constant that cannot be."""
+
+
+class DataError(UserError):
+    """Pictures or attributes that are missing or damaged."""
+
+    exit_code = 3
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing, damaged or of another network."""
+
+    exit_code = 4
+
+
+class ResourceError(UserError):
+    """No disk, no memory."""
+
+    exit_code = 5
+
+
+class DivergedError(UserError):
+    """The training has left the finite numbers."""
+
+    exit_code = 6
+
+
+class Interrupted(Exception):
+    """The run was stopped by a signal, after saving."""
+
+    def __init__(self, signal_number: int):
+        super().__init__(f"stopped by signal {signal_number}")
+        self.exit_code = 128 + signal_number

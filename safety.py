@@ -1,0 +1,147 @@
+"""What keeps a run of days safe: signals, the lock on its folder, the checks before the first step,
+the watch over its numbers."""
+
+import contextlib
+import fcntl
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from errors import DivergedError, Interrupted, ResourceError, UsageError
+from utils import disk_error, free_bytes, remove_leftovers, sync_folder
+
+
+class StopSignals:
+    """SIGTERM and Ctrl-C while a run is on: the first one asks it to stop, the second ends it now.
+
+    As a context manager it takes the handlers over, and gives them back at the end. Until `deferred`
+    is set a signal raises Interrupted where it finds the program; from then on it only sets
+    `received`, for the loop to look at between steps."""
+
+    def __init__(self):
+        self.received = 0
+        self.deferred = False
+        self._before = {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _frame) -> None:
+        if self.received:
+            os._exit(128 + number)
+        self.received = number
+        if not self.deferred:
+            raise Interrupted(number)
+
+
+@contextlib.contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """One run per folder. The kernel drops the lock with the process, so a crash leaves none behind.
+
+    Raises UsageError, with the pid of the run that holds it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise UsageError(
+            "--experiment_name", f"{folder} is a file", "choose another name"
+        ) from error
+    except OSError as error:
+        raise disk_error(folder, error) from error
+    try:
+        file = open(folder / "lock", "a+")
+    except OSError as error:
+        raise disk_error(folder / "lock", error) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            what = f"{folder} is in use by the run with pid {file.read().strip()}"
+            raise UsageError(
+                "--experiment_name", what, "choose another, or stop that run"
+            ) from error
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
+
+
+def preflight(
+    folder: Path, needed: int, sample: Callable[[], object], save: Callable[[Path], object]
+):
+    """Find out before the first step what would fail at the five-thousandth.
+
+    needed: bytes that the run's checkpoints will take; sample: draws a picture; save: writes a
+    checkpoint at a path. Raises ResourceError."""
+    checkpoints = folder / "checkpoints"
+    try:
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        sync_folder(checkpoints)
+    except OSError as error:
+        raise disk_error(checkpoints, error) from error
+    remove_leftovers(checkpoints)
+    remove_leftovers(folder)
+    free = free_bytes(checkpoints)
+    if free < needed:
+        what = f"the disk has {free:,} bytes left and the checkpoints need {needed:,}"
+        raise ResourceError(checkpoints, what, "free space, or lower --keep_checkpoints")
+    sample()
+    trial = checkpoints / ".preflight.tmp"
+    try:
+        save(trial)
+    finally:
+        trial.unlink(missing_ok=True)
+
+
+class Watch:
+    """Gathers the loss and the gradient norm on the device, and looks at them only when asked, so
+    that no step waits for the one before it.
+
+    patience: updates in a row that may be left out because a gradient was not finite (under a loss
+    scale a few are normal; without one none is)."""
+
+    def __init__(self, device: torch.device, patience: int):
+        self.patience = patience
+        self.skipped_in_a_row = torch.zeros((), device=device)
+        self._start()
+
+    def _start(self) -> None:
+        zero = torch.zeros_like(self.skipped_in_a_row)
+        self.loss, self.grad_norm, self.most_skipped, self.steps = zero, zero, zero, 0
+
+    def add(self, loss: Tensor, grad_norm: Tensor) -> None:
+        """Take note of a step. loss, grad_norm: scalars on the device."""
+        skipped = ~torch.isfinite(grad_norm)
+        self.skipped_in_a_row = (self.skipped_in_a_row + 1) * skipped
+        self.most_skipped = torch.maximum(self.most_skipped, self.skipped_in_a_row)
+        self.loss = self.loss + loss
+        self.grad_norm = self.grad_norm + torch.where(skipped, 0, grad_norm)
+        self.steps += 1
+
+    def read(self, step: int, mean_over_processes: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """The means since the last reading, over all processes: {"loss", "grad_norm"}.
+
+        Raises DivergedError where the loss was not finite or too many updates were left out."""
+        totals = torch.stack([self.loss, self.grad_norm, self.most_skipped])
+        loss, grad_norm, skipped = mean_over_processes(totals).tolist()
+        steps = max(1, self.steps)
+        self._start()
+        fix = "--resume with a lower --learning_rate, or with --mixed_precision bf16"
+        if loss != loss or abs(loss) == float("inf"):
+            raise DivergedError(f"step {step}", "the loss is not finite", fix)
+        if skipped >= self.patience:
+            what = f"{skipped:.0f} updates in a row had gradients that are not finite"
+            raise DivergedError(f"step {step}", what, fix)
+        return {"loss": loss / steps, "grad_norm": grad_norm / steps}

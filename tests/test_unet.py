@@ -1,0 +1,192 @@
+"""The U-Net against diffusers' UNet2DModel, and against closed forms."""
+
+import math
+
+import pytest
+import torch
+from diffusers import UNet2DModel
+
+from unet import UNet, default_channel_mults, sinusoidal_embedding
+
+SMALL = dict(img_size=16, channels=32, channel_mults=(1, 2), attn_resolutions=(8,), head_dim=32)
+
+
+def make_small(**changes):
+    """A small network with all its weights at random: none of the layers that start at zero."""
+    torch.manual_seed(0)
+    model = UNet(**{**SMALL, "dropout": 0.0, **changes})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model
+
+
+def to_diffusers(
+    model, img_size, channels, channel_mults, num_res_blocks, attn_resolutions, head_dim
+):
+    """diffusers' network with our weights; every one of its weights is set."""
+    resolutions = [img_size >> i for i in range(len(channel_mults))]
+    kinds = ["Attn" if r in attn_resolutions else "" for r in resolutions]
+    theirs = UNet2DModel(
+        sample_size=img_size,
+        block_out_channels=[channels * m for m in channel_mults],
+        down_block_types=[f"{kind}DownBlock2D" for kind in kinds],
+        up_block_types=[f"{kind}UpBlock2D" for kind in reversed(kinds)],
+        layers_per_block=num_res_blocks,
+        attention_head_dim=head_dim,
+        norm_num_groups=32,
+        flip_sin_to_cos=False,
+        freq_shift=1,
+    )
+    weights = {}
+
+    def copy(name, layer):
+        weights.update({f"{name}.{key}": value for key, value in layer.state_dict().items()})
+
+    def copy_block(name, block):
+        pairs = {"norm1": block.norm1, "conv1": block.conv1, "time_emb_proj": block.time}
+        pairs |= {"norm2": block.norm2, "conv2": block.conv2, "conv_shortcut": block.shortcut}
+        for key, layer in pairs.items():
+            copy(f"{name}.{key}", layer)
+
+    def copy_attention(name, attention):
+        copy(f"{name}.group_norm", attention.norm)
+        copy(f"{name}.to_out.0", attention.out)
+        parts = zip(attention.qkv.weight.chunk(3), attention.qkv.bias.chunk(3), strict=True)
+        for key, (weight, bias) in zip(("to_q", "to_k", "to_v"), parts, strict=True):
+            weights[f"{name}.{key}.weight"], weights[f"{name}.{key}.bias"] = weight, bias
+
+    copy("conv_in", model.conv_in)
+    copy("time_embedding.linear_1", model.time_mlp[0])
+    copy("time_embedding.linear_2", model.time_mlp[2])
+    for kind, stages in (("down", model.down), ("up", model.up)):
+        for i, stage in enumerate(stages):
+            for j, (block, attention) in enumerate(
+                zip(stage.blocks, stage.attentions, strict=True)
+            ):
+                copy_block(f"{kind}_blocks.{i}.resnets.{j}", block)
+                if not isinstance(attention, torch.nn.Identity):
+                    copy_attention(f"{kind}_blocks.{i}.attentions.{j}", attention)
+            if not isinstance(stage.resample, torch.nn.Identity):
+                conv = getattr(stage.resample, "conv", stage.resample)
+                copy(f"{kind}_blocks.{i}.{kind}samplers.0.conv", conv)
+    copy_block("mid_block.resnets.0", model.middle_block1)
+    copy_attention("mid_block.attentions.0", model.middle_attention)
+    copy_block("mid_block.resnets.1", model.middle_block2)
+    copy("conv_norm_out", model.norm_out)
+    copy("conv_out", model.conv_out)
+    theirs.load_state_dict(weights, strict=True)
+    return theirs
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"channel_mults": (1, 2, 2), "num_res_blocks": 1, "attn_resolutions": (16, 4)},
+        {"img_size": 32, "attn_resolutions": ()},
+    ],
+)
+def test_output_and_gradients_equal_diffusers(changes):
+    shape = {**SMALL, "num_res_blocks": 2, **changes}
+    ours = make_small(**shape).double()
+    theirs = to_diffusers(ours, **shape).double()
+    x = torch.randn(3, 3, shape["img_size"], shape["img_size"], dtype=torch.float64)
+    t = torch.tensor([0, 17, 999])
+    # The embedding of t is float32 in both, and the two compute it in another order.
+    a, b = ours(x, t), theirs(x, t).sample
+    assert a.std() > 0.01
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    a.square().sum().backward()
+    b.square().sum().backward()
+    gradients = torch.cat([p.grad.flatten() for p in ours.parameters()])
+    assert sum(p.numel() for p in theirs.parameters()) == len(gradients)
+    total = sum(p.grad.square().sum() for p in theirs.parameters()).sqrt()
+    torch.testing.assert_close(gradients.norm(), total, rtol=1e-4, atol=0)
+    first = theirs.conv_in.weight.grad
+    torch.testing.assert_close(
+        ours.conv_in.weight.grad, first, rtol=1e-3, atol=1e-4 * first.abs().max()
+    )
+
+
+def test_embedding_has_its_closed_form():
+    emb = sinusoidal_embedding(torch.tensor([0, 1, 2, 500]), 8)
+    for row, t in zip(emb, (0, 1, 2, 500), strict=True):
+        angles = [t / 10_000 ** (i / 3) for i in range(4)]
+        expected = [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
+        torch.testing.assert_close(row, torch.tensor(expected), rtol=1e-4, atol=1e-4)
+
+
+def test_neighbouring_times_differ_in_high_and_far_ones_in_low_frequencies():
+    a, b, c = sinusoidal_embedding(torch.tensor([1, 2, 500]), 128)
+    assert (a - b)[:8].abs().min() > 0.01 and (a - b)[60:64].abs().max() < 1e-3
+    assert (a - c)[60:64].abs().min() > 0.01
+
+
+def test_times_between_integers_are_embedded():
+    a, b, c = sinusoidal_embedding(torch.tensor([3.0, 3.5, 4.0]), 16)
+    assert a[0] != b[0] != c[0]
+
+
+def test_fresh_network_answers_zero():
+    model = UNet(**SMALL)
+    assert torch.equal(
+        model(torch.randn(2, 3, 16, 16), torch.tensor([3, 9])), torch.zeros(2, 3, 16, 16)
+    )
+
+
+@pytest.mark.parametrize("img_size", [32, 64, 128, 192, 256])
+def test_every_size_builds_with_attention_and_nothing_else_given(img_size):
+    with torch.device("meta"):
+        model = UNet(img_size)
+        out = model(torch.zeros(2, 3, img_size, img_size), torch.zeros(2))
+    assert out.shape == (2, 3, img_size, img_size)
+    assert img_size % 2 ** (len(default_channel_mults(img_size)) - 1) == 0
+    attentions = [
+        a for s in model.down for a in s.attentions if not isinstance(a, torch.nn.Identity)
+    ]
+    assert attentions
+
+
+def test_published_network_has_its_number_of_weights():
+    with torch.device("meta"):
+        model = UNet(64, attn_resolutions=(16,))
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(78.7e6, rel=0.002)
+
+
+def test_more_pixels_mean_no_fewer_stages():
+    stages = [len(default_channel_mults(size)) for size in (8, 16, 32, 64, 96, 128, 256, 512)]
+    assert stages == sorted(stages)
+
+
+def test_dropout_acts_in_training_only():
+    model = make_small(dropout=0.5)
+    x, t = torch.randn(1, 3, 16, 16), torch.tensor([5])
+    assert not torch.equal(model(x, t), model(x, t))
+    model.eval()
+    assert torch.equal(model(x, t), model(x, t))
+
+
+def test_attributes_of_zero_are_the_unconditional_network():
+    model = make_small(num_attributes=3)
+    x, t = torch.randn(2, 3, 16, 16), torch.tensor([5, 6])
+    assert torch.equal(model(x, t, torch.zeros(2, 3)), model(x, t))
+    assert not torch.allclose(model(x, t, torch.ones(2, 3)), model(x, t))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"channels": 64},
+        {"channel_mults": (1, 1)},
+        {"num_res_blocks": 1},
+        {"attn_resolutions": (16, 8)},
+        {"head_dim": 16},
+        {"num_attributes": 2},
+    ],
+)
+def test_every_argument_changes_the_network(changes):
+    x, t = torch.randn(1, 3, 16, 16), torch.tensor([5])
+    before, after = make_small(), make_small(**changes)
+    shapes = [[tuple(p.shape) for p in m.parameters()] for m in (before, after)]
+    assert shapes[0] != shapes[1] or not torch.allclose(before(x, t), after(x, t))

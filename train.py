@@ -1,0 +1,350 @@
+"""Train a denoising diffusion model (DDPM, Ho et al. 2020) on faces.
+
+    python train.py --demo                            # drawn faces, minutes on a CPU, no download
+    python train.py --path_to_data data               # CelebA, downloaded into ./data where absent
+    python train.py --path_to_data data --resume      # go on after a stop, a crash, a kill
+    accelerate launch train.py --path_to_data data    # several GPUs
+    tensorboard --logdir ./my_first_diffusion
+
+Everything a run leaves lies in ./<experiment_name>. Training is a function of (config, step): no
+random state is carried from step to step, so a resumed run equals one that was never stopped.
+"""
+
+import math
+import sys
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+import cli
+from dataset import Batches, load_faces
+from diffusion import Diffusion, image_generators
+from ema import EMA
+from errors import Interrupted, UsageError
+from log import Progress, RunLog, say
+from safety import StopSignals, Watch, lock_folder, preflight
+from state import State, take_up
+from unet import UNet, default_channel_mults
+from utils import (
+    checkpoint_path,
+    image_grid,
+    prune_checkpoints,
+    save_checkpoint,
+    save_json,
+    seed_of,
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """The constants of a run: edit them here, pass them as flags, or write Config(img_size=32)."""
+
+    # The run
+    experiment_name: str = "my_first_diffusion"  # folder for checkpoints, samples, TensorBoard
+    path_to_data: str = "data"  # folder or zip of faces, or "drawn"; absent: CelebA comes there
+    resume: bool = False  # go on from the newest good checkpoint, or start where there is none
+    seed: int = 0  # of everything random: weights, data order, noise, dropout
+    # The data
+    img_size: int = 64  # pixels of a side: 32, 64, 128, 192, 256
+    only: tuple[str, ...] = ()  # train on the faces with these attributes: Smiling Male=-1
+    # The network
+    channels: int = 128  # channels of the first stage
+    channel_mults: tuple[int, ...] = ()  # times `channels`, for each stage; empty: by img_size
+    num_res_blocks: int = 2  # residual blocks in a stage
+    attn_resolutions: tuple[int, ...] = (16, 12, 8)  # resolutions, in pixels, with attention
+    head_dim: int = 64  # channels of an attention head
+    dropout: float = 0.1  # share of activations dropped in training
+    # The diffusion
+    num_timesteps: int = 1000  # T, the steps of the forward process
+    noise_schedule: Literal["linear", "cosine"] = "cosine"  # how the noise grows with t
+    # The training
+    num_training_steps: int = 500_000  # optimiser updates in the whole run
+    batch_size: int = 128  # faces in a forward pass on each device
+    gradient_accumulation_steps: int = 1  # forward passes in an update
+    learning_rate: float = 2e-4  # of AdamW, at its highest
+    lr_schedule: Literal["constant", "cosine"] = "constant"  # after the warm-up; cosine ends at 0
+    warmup_steps: int = 5000  # updates over which the learning rate rises from 0
+    max_grad_norm: float = 1.0  # length to which longer gradients are clipped
+    ema_decay: float = 0.9999  # of the averaged weights, which pictures are drawn from
+    mixed_precision: Literal["fp16", "bf16", "no"] = "fp16"  # on a CPU: bf16 if it can, else no
+    compile: bool = True  # torch.compile the network, on a CUDA GPU only
+    # The log
+    log_every: int = 100  # steps between two points of the curves
+    sample_every: int = 5000  # steps between two grids of samples
+    num_samples: int = 64  # faces in a grid
+    save_every: int = 5000  # steps between two checkpoints
+    keep_checkpoints: int = 3  # newest checkpoints that are kept
+
+
+# What `--demo` changes: faces the program draws itself, a network that a CPU trains in minutes.
+DEMO = dict(
+    experiment_name="demo",
+    path_to_data="drawn",
+    img_size=32,
+    channels=32,
+    channel_mults=(1, 2, 2),
+    dropout=0.0,
+    num_training_steps=1500,
+    batch_size=64,
+    learning_rate=1e-3,
+    lr_schedule="cosine",
+    warmup_steps=100,
+    ema_decay=0.995,
+    mixed_precision="bf16",
+    log_every=50,
+    sample_every=250,
+    save_every=250,
+)
+
+
+def check_config(config: Config) -> None:
+    """Raise UsageError, naming the flag, for a constant out of its range."""
+
+    def check(good: bool, name: str, allowed: str) -> None:
+        if not good:
+            raise UsageError(f"--{name}", f"is {getattr(config, name)!r}", f"give {allowed}")
+
+    whole = ["num_training_steps", "batch_size", "gradient_accumulation_steps", "num_res_blocks"]
+    whole += ["head_dim", "log_every", "sample_every", "num_samples", "save_every"]
+    for name in [*whole, "keep_checkpoints"]:
+        check(getattr(config, name) >= 1, name, "a whole number from 1")
+    check(config.seed >= 0, "seed", "a whole number from 0")
+    check(config.warmup_steps >= 0, "warmup_steps", "a whole number from 0")
+    check(config.num_timesteps >= 2, "num_timesteps", "a whole number from 2")
+    check(0 < config.learning_rate < math.inf, "learning_rate", "a number above 0, such as 2e-4")
+    check(0 < config.max_grad_norm < math.inf, "max_grad_norm", "a number above 0, such as 1")
+    check(0 <= config.ema_decay < 1, "ema_decay", "a number from 0 to below 1")
+    check(0 <= config.dropout < 1, "dropout", "a number from 0 to below 1")
+    check(
+        config.channels >= 4 and config.channels % 4 == 0, "channels", "a multiple of 4, such as 64"
+    )
+    name_parts = Path(config.experiment_name).parts
+    check(name_parts not in [(), ("..",)], "experiment_name", "a folder's name")
+
+    mults = config.channel_mults or default_channel_mults(config.img_size)
+    check(min(mults) >= 1, "channel_mults", "whole numbers from 1, such as 1 2 2 2")
+    smallest = 2 ** (len(mults) - 1)
+    fits = config.img_size >= 8 and config.img_size % smallest == 0
+    check(
+        fits,
+        "img_size",
+        f"a multiple of {smallest} from 8, as {len(mults)} stages need, such as 64",
+    )
+    for mult in mults:
+        heads = max(1, config.channels * mult // config.head_dim)
+        fits = config.channels * mult % heads == 0
+        check(fits, "head_dim", f"a divisor of {config.channels * mult} channels")
+
+
+def learning_rate(config: Config, step: int) -> float:
+    """The learning rate of the update that follows `step` completed ones."""
+    warmup = min(1.0, (step + 1) / max(1, config.warmup_steps))
+    if config.lr_schedule == "constant":
+        return config.learning_rate * warmup
+    after = max(0, step - config.warmup_steps)
+    progress = after / max(1, config.num_training_steps - config.warmup_steps)
+    return config.learning_rate * warmup * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def autocast_dtype(config: Config, device: torch.device) -> torch.dtype | None:
+    """The half precision to train in, or None for float32. A CPU takes bf16 where it has the
+    instructions for it, and nothing else."""
+    if config.mixed_precision == "no":
+        return None
+    if device.type == "cuda":
+        return torch.float16 if config.mixed_precision == "fp16" else torch.bfloat16
+    return torch.bfloat16 if torch.cpu.get_capabilities().get("avx512_bf16") else None
+
+
+def make_state(config: Config, device: torch.device, fp16: bool) -> State:
+    """The network, its average, the optimiser and the loss scale, as they are before the first step."""
+    torch.manual_seed(config.seed)
+    model = UNet(**unet_arguments(config)).to(device)
+    if device.type == "cuda":
+        model = model.to(memory_format=torch.channels_last)
+    # Outside fp16 the scale is 1 and stays 1: it only keeps a gradient that is not finite from the
+    # weights, without waiting for the GPU to tell.
+    scaler = torch.amp.GradScaler(
+        device.type,
+        init_scale=2.0**16 if fp16 else 1.0,
+        growth_interval=2000 if fp16 else 2**31 - 1,
+    )
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=config.learning_rate, weight_decay=0.0, fused=True
+    )
+    return State(model, EMA(model, config.ema_decay), optimizer, scaler)
+
+
+def diffusion_arguments(config: Config) -> dict:
+    """What `Diffusion(**...)` needs to be built again."""
+    return {"num_timesteps": config.num_timesteps, "noise_schedule": config.noise_schedule}
+
+
+def unet_arguments(config: Config) -> dict:
+    """What `UNet(**...)` needs to be built again."""
+    names = ["img_size", "channels", "channel_mults", "num_res_blocks"]
+    names += ["attn_resolutions", "head_dim", "dropout"]
+    return {name: getattr(config, name) for name in names}
+
+
+def train_step(config, state, diffusion, batches, forward, dtype, rank=0) -> tuple[Tensor, Tensor]:
+    """One update. forward: the network, compiled and distributed as it may be.
+
+    Returns the loss (mean over the micro-batches) and the gradient norm before clipping, both
+    scalars on the device; nothing here waits for the device."""
+    for group in state.optimizer.param_groups:
+        group["lr"] = learning_rate(config, state.step)
+
+    # Gather the gradients of the micro-batches. Dropout and noise are seeded anew in each.
+    generator = torch.Generator(diffusion.device)
+    accumulation = config.gradient_accumulation_steps
+    total = torch.zeros((), device=diffusion.device)
+    for micro in range(accumulation):
+        index = state.step * accumulation + micro
+        seed = seed_of(config.seed, index, rank)
+        torch.manual_seed(seed)
+        generator.manual_seed(seed)
+        x_0, attributes = batches(index)
+        # Processes exchange gradients once an update, with the last micro-batch.
+        wait = micro < accumulation - 1 and hasattr(forward, "no_sync")
+        with forward.no_sync() if wait else nullcontext():
+            with torch.autocast(diffusion.device.type, dtype, enabled=dtype is not None):
+                loss = diffusion.loss(forward, x_0, generator, attributes) / accumulation
+            state.scaler.scale(loss).backward()
+        total += loss.detach()
+
+    # Clip the true gradients, not the scaled ones; leave out an update that is not finite.
+    state.scaler.unscale_(state.optimizer)
+    parameters = state.model.parameters()
+    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm, foreach=True)
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    state.optimizer.zero_grad()
+    state.ema.update(state.model)
+    state.step += 1
+    return total, grad_norm
+
+
+def draw_samples(config, model, diffusion, dtype, stop, count, steps) -> Tensor | None:
+    """(count, 3, H, W) in [-1, 1], from always the same noise, in `sample.py`'s default sampler; None
+    where a signal came in between."""
+    shape = (count, 3, config.img_size, config.img_size)
+    noise = image_generators(config.seed, range(count))
+    with torch.autocast(diffusion.device.type, dtype, enabled=dtype is not None):
+        for _, _, faces in diffusion.sample_loop(model, shape, steps=steps, generator=noise):
+            if stop.received:
+                return None
+    return faces
+
+
+def agreed_stop(stop: StopSignals, accelerator: Accelerator, step: int) -> int:
+    """The signal that all processes stop for after this step, or 0. Several processes compare notes
+    every tenth step only, since that makes them wait for the device."""
+    if accelerator.num_processes == 1:
+        return stop.received
+    if step % 10:
+        return 0
+    received = torch.tensor(stop.received, device=accelerator.device)
+    torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX)
+    return int(received)
+
+
+def train(config: Config) -> Path:
+    """Train as `config` says. Returns the experiment's folder; the README tells what lies there.
+
+    Raises UserError, by kind, for what the user can mend; Interrupted after a signal, when saved."""
+    check_config(config)
+    folder = Path(config.experiment_name)
+    accelerator = Accelerator()
+    device, is_main = accelerator.device, accelerator.is_main_process
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    with StopSignals() as stop, lock_folder(folder) if is_main else nullcontext():
+        # The faces, the network, and where the run stood.
+        with accelerator.main_process_first():
+            faces = load_faces(config.path_to_data, config.img_size, config.only)
+        batches = Batches(faces, config.batch_size, config.seed, rank, world_size, device)
+        diffusion = Diffusion(config.num_timesteps, config.noise_schedule, device)
+        dtype = autocast_dtype(config, device)
+        state = make_state(config, device, fp16=dtype == torch.float16)
+        settings = asdict(config) | {"world_size": world_size, "faces": faces.fingerprint}
+        take_up(state, folder, settings, config.resume)
+        if state.step >= config.num_training_steps:
+            say(f"{folder} has all its {state.step} steps")
+            return folder
+
+        def save(path: Path) -> None:
+            networks = {"unet": unet_arguments(config), "diffusion": diffusion_arguments(config)}
+            save_checkpoint(path, {"settings": settings, **networks, **state.state_dict()})
+
+        def draw(count: int, steps: int = 20) -> Tensor | None:
+            return draw_samples(config, state.ema.model, diffusion, dtype, stop, count, steps)
+
+        # Find out now what would fail later.
+        weights = sum(p.numel() for p in state.model.parameters())
+        if is_main:
+            say(
+                f"{faces.description}; {weights / 1e6:.1f} M weights on {world_size} x {device.type}"
+                f" in {str(dtype or torch.float32)[6:]}"
+            )
+            needed = (config.keep_checkpoints + 1) * weights * 16  # weights, EMA, two of Adam's
+            preflight(folder, needed, sample=lambda: draw(1, steps=1), save=save)
+            save_json(folder / "config.json", asdict(config))
+
+        forward = accelerator.prepare_model(state.model)
+        if config.compile and device.type == "cuda":
+            forward.compile()
+        watch = Watch(device, patience=20 if dtype == torch.float16 else 1)
+        images_per_step = config.batch_size * config.gradient_accumulation_steps * world_size
+        progress = Progress(state.step, config.num_training_steps, images_per_step, show=is_main)
+        stop.deferred = True  # from here on a signal waits for the end of the step
+        with (
+            RunLog(folder, state.step, state.history) if is_main else nullcontext() as log,
+            progress,
+        ):
+            while state.step < config.num_training_steps:
+                watch.add(*train_step(config, state, diffusion, batches, forward, dtype, rank))
+                progress.step()
+                step, last = state.step, state.step == config.num_training_steps
+                stopping = agreed_stop(stop, accelerator, step)
+                saving = step % config.save_every == 0 or last or stopping
+
+                # Log, and stop where the numbers are no longer finite.
+                if step % config.log_every == 0 or saving:
+                    values = watch.read(step, lambda totals: accelerator.reduce(totals, "mean"))
+                    values["learning_rate"] = learning_rate(config, step - 1)
+                    values["images_per_second"] = progress.log(values["loss"])
+                    if log:
+                        log.scalars(step, values)
+
+                if saving and is_main:
+                    save(checkpoint_path(folder, step))
+                    prune_checkpoints(folder, config.keep_checkpoints)
+                    log.draw_loss()
+                if stopping:
+                    raise Interrupted(stopping)
+
+                if log and (step % config.sample_every == 0 or last):
+                    samples = draw(config.num_samples)
+                    if samples is not None:
+                        log.images(step, image_grid(samples))
+                if saving or step % config.sample_every == 0:
+                    progress.restart()  # the clock counts training only
+    return folder
+
+
+def main() -> None:
+    """The command line: Config's flags, and --demo."""
+    arguments = sys.argv[1:]
+    default = replace(Config(), **DEMO) if "--demo" in arguments else Config()
+    flags = [argument for argument in arguments if argument != "--demo"]
+    description = "Train a diffusion model on faces. --demo: on drawn faces, in minutes, on a CPU."
+    train(cli.parse(Config, flags, description, default))
+
+
+if __name__ == "__main__":
+    cli.run(main)

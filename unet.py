@@ -1,0 +1,218 @@
+"""The network of DDPM: a U-Net that guesses the noise in a picture (Ho et al. 2020, appendix B).
+
+    x_t (B, 3, H, W) -> conv_in -> down stages -> middle -> up stages -> conv_out -> eps (B, 3, H, W)
+
+Each down stage holds `num_res_blocks` residual blocks, each followed by attention where the stage's
+resolution is one of `attn_resolutions`, then halves the picture (not the last stage). Each up stage
+holds one block more, takes one skip connection into each by concatenation, then doubles the picture.
+The time t enters every residual block through a sinusoidal embedding and a small MLP. The same maths
+as diffusers' `UNet2DModel`, so weights can move both ways (tests/test_unet.py does).
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Channel multipliers of the stages where none are given: the published networks at 32 (CIFAR-10),
+# 64 (CelebA, Song et al. 2020) and 256 px (LSUN); more pixels, more stages.
+CHANNEL_MULTS = {
+    32: (1, 2, 2, 2),
+    64: (1, 2, 2, 2, 4),
+    128: (1, 1, 2, 2, 4, 4),
+    192: (1, 1, 2, 2, 4, 4),
+    256: (1, 1, 2, 2, 4, 4),
+}
+
+
+def default_channel_mults(img_size: int) -> tuple[int, ...]:
+    """The stages of the largest published network that is not meant for more pixels than these."""
+    fitting = [size for size in CHANNEL_MULTS if size <= img_size]
+    return CHANNEL_MULTS[max(fitting)] if fitting else (1, 2, 2)
+
+
+def sinusoidal_embedding(t: Tensor, dim: int) -> Tensor:
+    """Sines and cosines of t at `dim / 2` frequencies from 1 to 1/10000 (Vaswani et al. 2017).
+
+    t: (B,) integers or floats in [0, T). Returns (B, dim) float32: the sines, then the cosines."""
+    half = dim // 2
+    exponent = torch.arange(half, dtype=torch.float32, device=t.device) / (half - 1)
+    angles = t.float()[:, None] * torch.exp(-math.log(10_000) * exponent)
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """32 groups, or as many as divide a narrow network's channels."""
+    return nn.GroupNorm(math.gcd(32, channels), channels)
+
+
+def zero_init(layer: nn.Module) -> nn.Module:
+    """Start the layer at zero, so that the block it ends begins as the identity."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
+
+
+class ResidualBlock(nn.Module):
+    """Norm, SiLU, 3x3 convolution, twice; the time added in between; a shortcut around both."""
+
+    def __init__(self, channels_in: int, channels: int, time_dim: int, dropout: float):
+        super().__init__()
+        self.norm1 = group_norm(channels_in)
+        self.conv1 = nn.Conv2d(channels_in, channels, 3, padding=1)
+        self.time = nn.Linear(time_dim, channels)
+        self.norm2 = group_norm(channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = zero_init(nn.Conv2d(channels, channels, 3, padding=1))
+        same = channels_in == channels
+        self.shortcut = nn.Identity() if same else nn.Conv2d(channels_in, channels, 1)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))  # (B, C, H, W)
+        h = h + self.time(emb)[:, :, None, None]
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        return self.shortcut(x) + h
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over the H * W positions, with a residual connection."""
+
+    def __init__(self, channels: int, head_dim: int):
+        super().__init__()
+        self.heads = max(1, channels // head_dim)
+        self.norm = group_norm(channels)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.out = zero_init(nn.Linear(channels, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        tokens = self.norm(x).flatten(2).transpose(1, 2)  # (B, HW, C)
+        qkv = self.qkv(tokens).unflatten(2, (3, self.heads, c // self.heads))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, HW, head_dim) each
+        tokens = F.scaled_dot_product_attention(q, k, v)
+        tokens = self.out(tokens.transpose(1, 2).flatten(2))  # (B, HW, C)
+        return x + tokens.transpose(1, 2).reshape(b, c, h, w)
+
+
+class Upsample(nn.Module):
+    """Double the picture: each pixel four times, then a 3x3 convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+class Stage(nn.Module):
+    """Residual blocks at one resolution, each with attention or none, and the way to the next one."""
+
+    def __init__(
+        self, blocks: list[ResidualBlock], attentions: list[nn.Module], resample: nn.Module
+    ):
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.attentions = nn.ModuleList(attentions)
+        self.resample = resample
+
+
+class UNet(nn.Module):
+    """eps = UNet(x_t, t): the noise in x_t, Ho et al. 2020.
+
+    img_size: pixels of a side, divisible by 2 at every stage but the last
+    channels: channels of the first stage; channel_mults: stage i has channels * channel_mults[i]
+        (empty: chosen from img_size); num_res_blocks: residual blocks in a stage
+    attn_resolutions: resolutions, in pixels, at which blocks are followed by attention
+    head_dim: channels of an attention head; dropout: share of activations dropped in training
+    num_attributes: length K of the condition; 0 for an unconditional network
+    Raises ValueError, naming the argument, where the stages do not fit."""
+
+    def __init__(
+        self,
+        img_size: int = 64,
+        channels: int = 128,
+        channel_mults: Sequence[int] = (),
+        num_res_blocks: int = 2,
+        attn_resolutions: Sequence[int] = (16, 12, 8),
+        head_dim: int = 64,
+        dropout: float = 0.1,
+        num_attributes: int = 0,
+    ):
+        super().__init__()
+        mults = tuple(channel_mults) or default_channel_mults(img_size)
+        self.channels = channels
+        time_dim = 4 * channels
+        self.time_mlp = nn.Sequential(
+            nn.Linear(channels, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim)
+        )
+        self.attribute_map = (
+            nn.Linear(num_attributes, time_dim, bias=False) if num_attributes else None
+        )
+        self.conv_in = nn.Conv2d(3, channels, 3, padding=1)
+
+        def attention(width, resolution):
+            return Attention(width, head_dim) if resolution in attn_resolutions else nn.Identity()
+
+        # Down: `skips` remembers the channels of every output that an up block will take back.
+        self.down = nn.ModuleList()
+        width, resolution, skips = channels, img_size, [channels]
+        for i, mult in enumerate(mults):
+            blocks, attentions = [], []
+            for _ in range(num_res_blocks):
+                blocks.append(ResidualBlock(width, channels * mult, time_dim, dropout))
+                width = channels * mult
+                attentions.append(attention(width, resolution))
+                skips.append(width)
+            last = i == len(mults) - 1
+            resample = nn.Identity() if last else nn.Conv2d(width, width, 3, stride=2, padding=1)
+            self.down.append(Stage(blocks, attentions, resample))
+            if not last:
+                resolution //= 2
+                skips.append(width)
+
+        self.middle_block1 = ResidualBlock(width, width, time_dim, dropout)
+        self.middle_attention = Attention(width, head_dim)
+        self.middle_block2 = ResidualBlock(width, width, time_dim, dropout)
+
+        self.up = nn.ModuleList()
+        for i, mult in reversed(list(enumerate(mults))):
+            blocks, attentions = [], []
+            for _ in range(num_res_blocks + 1):
+                blocks.append(
+                    ResidualBlock(width + skips.pop(), channels * mult, time_dim, dropout)
+                )
+                width = channels * mult
+                attentions.append(attention(width, resolution))
+            self.up.append(Stage(blocks, attentions, Upsample(width) if i else nn.Identity()))
+            resolution *= 2
+
+        self.norm_out = group_norm(width)
+        self.conv_out = zero_init(nn.Conv2d(width, 3, 3, padding=1))
+
+    def forward(self, x_t: Tensor, t: Tensor, attributes: Tensor | None = None) -> Tensor:
+        """x_t: (B, 3, H, W); t: (B,) in [0, T); attributes: (B, K) of 1, -1, 0. Returns eps, x_t's shape."""
+        emb = self.time_mlp(sinusoidal_embedding(t, self.channels).to(x_t.dtype))
+        if attributes is not None:
+            emb = emb + self.attribute_map(attributes)
+        emb = F.silu(emb)  # every block wants it so
+
+        h = self.conv_in(x_t)
+        skips = [h]
+        for i, stage in enumerate(self.down):
+            for block, attention in zip(stage.blocks, stage.attentions, strict=True):
+                h = attention(block(h, emb))
+                skips.append(h)
+            if i < len(self.down) - 1:
+                h = stage.resample(h)
+                skips.append(h)
+
+        h = self.middle_block2(self.middle_attention(self.middle_block1(h, emb)), emb)
+
+        for stage in self.up:
+            for block, attention in zip(stage.blocks, stage.attentions, strict=True):
+                h = attention(block(torch.cat([h, skips.pop()], dim=1), emb))
+            h = stage.resample(h)
+        return self.conv_out(F.silu(self.norm_out(h)))
