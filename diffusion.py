@@ -161,8 +161,6 @@ class Diffusion:
         t = self.stratified_timesteps(len(x_0), generator)
         eps = draw_noise(x_0.shape, generator, self.device, x_0.dtype)
         x_t = self.q_sample(x_0, t, eps)
-        if x_0.is_contiguous(memory_format=torch.channels_last):
-            x_t = x_t.contiguous(memory_format=torch.channels_last)
         eps_pred = model(x_t, t) if attributes is None else model(x_t, t, attributes)
         return F.mse_loss(eps_pred.to(eps.dtype), eps)
 

@@ -1,9 +1,9 @@
 """Draw pictures from a checkpoint.
 
-    python sample.py                                        # the newest run's, 64 faces, samples.png
-    python sample.py --checkpoint my_first_diffusion --num_images 64 --seed 0 --out faces.png
-    python sample.py --sampler ddpm --steps 1000 --out way.gif    # from noise to faces
-    python sample.py --num_images 5000 --out faces                # single pictures in a folder
+python sample.py                                        # the newest run's, 64 faces, samples.png
+python sample.py --checkpoint my_first_diffusion --num_images 64 --seed 0 --out faces.png
+python sample.py --sampler ddpm --steps 1000 --out way.gif    # from noise to faces
+python sample.py --num_images 5000 --out faces                # single pictures in a folder
 """
 
 import sys
@@ -80,13 +80,16 @@ def load_trained(checkpoint: str | Path | None, raw: bool = False, device: str =
         raise CheckpointError(path, what, "take another checkpoint") from error
     dtype = torch.float16 if device.type == "cuda" else None
     model = model.eval().requires_grad_(False).to(device)
-    if device.type == "cuda":
-        model = model.to(memory_format=torch.channels_last)
     return Trained(path, model, diffusion, dtype, settings, step)
 
 
 def generate(
-    trained: Trained, num_images: int, seed: int = 0, batch_size: int = 64, first: int = 0, **options
+    trained: Trained,
+    num_images: int,
+    seed: int = 0,
+    batch_size: int = 64,
+    first: int = 0,
+    **options,
 ) -> Iterator[Tensor]:
     """Draw pictures first ... num_images - 1, a batch at a time: yields (b, 3, H, W) in [-1, 1].
 
@@ -94,7 +97,9 @@ def generate(
     size = trained.img_size
     for start in range(first, num_images, batch_size):
         indices = range(start, min(start + batch_size, num_images))
-        with torch.autocast(trained.diffusion.device.type, trained.dtype, trained.dtype is not None):
+        with torch.autocast(
+            trained.diffusion.device.type, trained.dtype, trained.dtype is not None
+        ):
             yield trained.diffusion.sample(
                 trained.model,
                 (len(indices), 3, size, size),
@@ -110,7 +115,9 @@ def draw_way(trained: Trained, num_images: int, seed: int, **options) -> list[Im
     every = max(1, options["steps"] // GIF_FRAMES)
     frames = []
     loop = trained.diffusion.sample_loop(trained.model, shape, generator=noise, **options)
-    for i, (_, x_t, x_0) in enumerate(tqdm(loop, total=options["steps"], unit="step", disable=None)):
+    for i, (_, x_t, x_0) in enumerate(
+        tqdm(loop, total=options["steps"], unit="step", disable=None)
+    ):
         if i % every == 0:
             frames.append(image_grid(x_t))
     return [*frames, image_grid(x_0)]
@@ -129,7 +136,9 @@ def check(wish: Sample, num_timesteps: int) -> None:
     check_one(0 <= wish.eta <= 1, "eta", "a number from 0 to 1")
     check_one(wish.eta == 0 or wish.sampler == "ddim", "eta", "0, or --sampler ddim")
     if wish.sampler != "dpm++":
-        check_one(wish.steps <= num_timesteps, "steps", f"at most {num_timesteps} for {wish.sampler}")
+        check_one(
+            wish.steps <= num_timesteps, "steps", f"at most {num_timesteps} for {wish.sampler}"
+        )
     endings = ("", ".png", ".gif")
     check_one(Path(wish.out).suffix in endings, "out", "a name ending in .png or .gif, or a folder")
 

@@ -33,6 +33,7 @@ from unet import UNet, default_channel_mults
 from utils import (
     checkpoint_path,
     image_grid,
+    keep_freed_memory,
     prune_checkpoints,
     save_checkpoint,
     save_json,
@@ -165,8 +166,6 @@ def make_state(config: Config, device: torch.device, fp16: bool) -> State:
     """The network, its average, the optimiser and the loss scale, as they are before the first step."""
     torch.manual_seed(config.seed)
     model = UNet(**unet_arguments(config)).to(device)
-    if device.type == "cuda":
-        model = model.to(memory_format=torch.channels_last)
     # Outside fp16 the scale is 1 and stays 1: it only keeps a gradient that is not finite from the
     # weights, without waiting for the GPU to tell.
     scaler = torch.amp.GradScaler(
@@ -259,6 +258,7 @@ def train(config: Config) -> Path:
 
     Raises UserError, by kind, for what the user can mend; Interrupted after a signal, when saved."""
     check_config(config)
+    keep_freed_memory()
     folder = Path(config.experiment_name)
     accelerator = Accelerator()
     device, is_main = accelerator.device, accelerator.is_main_process

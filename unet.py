@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from norm import GroupNormSiLU
+
 # Channel multipliers of the stages where none are given: the published networks at 32 (CIFAR-10),
 # 64 (CelebA, Song et al. 2020) and 256 px (LSUN); more pixels, more stages.
 CHANNEL_MULTS = {
@@ -43,9 +45,19 @@ def sinusoidal_embedding(t: Tensor, dim: int) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
-    """32 groups, or as many as divide a narrow network's channels."""
-    return nn.GroupNorm(math.gcd(32, channels), channels)
+class GroupNorm(nn.GroupNorm):
+    """32 groups, or as many as divide a narrow network's channels; with SiLU behind, or without."""
+
+    def __init__(self, channels: int, silu: bool = False):
+        super().__init__(math.gcd(32, channels), channels)
+        self.silu = silu
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not x.is_cuda and x.is_contiguous(memory_format=torch.channels_last):
+            weight, bias = self.weight, self.bias
+            return GroupNormSiLU.apply(x, weight, bias, self.num_groups, self.eps, self.silu)
+        y = super().forward(x)
+        return F.silu(y) if self.silu else y
 
 
 def zero_init(layer: nn.Module) -> nn.Module:
@@ -60,19 +72,19 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, channels_in: int, channels: int, time_dim: int, dropout: float):
         super().__init__()
-        self.norm1 = group_norm(channels_in)
+        self.norm1 = GroupNorm(channels_in, silu=True)
         self.conv1 = nn.Conv2d(channels_in, channels, 3, padding=1)
         self.time = nn.Linear(time_dim, channels)
-        self.norm2 = group_norm(channels)
+        self.norm2 = GroupNorm(channels, silu=True)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = zero_init(nn.Conv2d(channels, channels, 3, padding=1))
         same = channels_in == channels
         self.shortcut = nn.Identity() if same else nn.Conv2d(channels_in, channels, 1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))  # (B, C, H, W)
+        h = self.conv1(self.norm1(x))  # (B, C, H, W)
         h = h + self.time(emb)[:, :, None, None]
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        h = self.conv2(self.dropout(self.norm2(h)))
         return self.shortcut(x) + h
 
 
@@ -82,7 +94,7 @@ class Attention(nn.Module):
     def __init__(self, channels: int, head_dim: int):
         super().__init__()
         self.heads = max(1, channels // head_dim)
-        self.norm = group_norm(channels)
+        self.norm = GroupNorm(channels)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.out = zero_init(nn.Linear(channels, channels))
 
@@ -91,7 +103,11 @@ class Attention(nn.Module):
         tokens = self.norm(x).flatten(2).transpose(1, 2)  # (B, HW, C)
         qkv = self.qkv(tokens).unflatten(2, (3, self.heads, c // self.heads))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, HW, head_dim) each
-        tokens = F.scaled_dot_product_attention(q, k, v)
+        if x.is_cuda:
+            tokens = F.scaled_dot_product_attention(q, k, v)
+        else:  # the CPU's fused kernel is slow backwards; plain products are several times faster
+            weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, heads, HW, HW)
+            tokens = weights.softmax(dim=-1) @ v
         tokens = self.out(tokens.transpose(1, 2).flatten(2))  # (B, HW, C)
         return x + tokens.transpose(1, 2).reshape(b, c, h, w)
 
@@ -189,8 +205,10 @@ class UNet(nn.Module):
             self.up.append(Stage(blocks, attentions, Upsample(width) if i else nn.Identity()))
             resolution *= 2
 
-        self.norm_out = group_norm(width)
+        self.norm_out = GroupNorm(width, silu=True)
         self.conv_out = zero_init(nn.Conv2d(width, 3, 3, padding=1))
+        # Convolutions are fastest so, on GPUs and CPUs, and hand the format on to what follows.
+        self.to(memory_format=torch.channels_last)
 
     def forward(self, x_t: Tensor, t: Tensor, attributes: Tensor | None = None) -> Tensor:
         """x_t: (B, 3, H, W); t: (B,) in [0, T); attributes: (B, K) of 1, -1, 0. Returns eps, x_t's shape."""
@@ -215,4 +233,4 @@ class UNet(nn.Module):
             for block, attention in zip(stage.blocks, stage.attentions, strict=True):
                 h = attention(block(torch.cat([h, skips.pop()], dim=1), emb))
             h = stage.resample(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return self.conv_out(self.norm_out(h))
