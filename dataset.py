@@ -4,8 +4,7 @@
     batches = Batches(faces, batch_size=128, device="cuda")
     x_0, attributes = batches(0)                # (B, 3, 64, 64) in [-1, 1]; (B, K) or None
 
-Threads do the decoding, no processes: Pillow gives up the interpreter's lock while it decodes and
-resizes, and what is left to Python takes less time than the pictures would to travel.
+Threads do the decoding, no processes: Pillow gives up the interpreter's lock for most of it.
 """
 
 import errno

@@ -53,7 +53,9 @@ class RunLog:
         figure = Figure(figsize=(7, 4), layout="constrained")
         axes = figure.add_subplot(xlabel="step", ylabel="loss", yscale="log")
         axes.plot(*zip(*self.history, strict=True))
-        write_atomically(self.folder / "loss.png", lambda aside: figure.savefig(aside, format="png"))
+        write_atomically(
+            self.folder / "loss.png", lambda aside: figure.savefig(aside, format="png")
+        )
 
     def __enter__(self) -> "RunLog":
         return self

@@ -70,13 +70,14 @@ class State:
             raise CheckpointError(path, what, fix) from error
 
 
-def take_up(state: State, folder: Path, settings: dict, resume: bool) -> None:
+def take_up(state: State, folder: Path, about: dict, resume: bool) -> None:
     """Load the newest good checkpoint of `folder` into `state`, where the run is to be resumed and
     there is one.
 
-    settings: the constants of this run. Raises UsageError where a new run would fall into the folder
-    of another, or where the checkpoint's settings differ in what may not change: it lists both
-    values of each; CheckpointError where no checkpoint is good."""
+    about: "settings", "unet" and "diffusion" of this run, as the checkpoint holds them. Raises
+    UsageError where a new run would fall into the folder of another, or where the settings differ in
+    what may not change: it lists both values of each; CheckpointError where no checkpoint is good or
+    it holds another network."""
     if not resume:
         if list_checkpoints(folder):
             what = f"{folder} already holds the checkpoints of a run"
@@ -88,14 +89,27 @@ def take_up(state: State, folder: Path, settings: dict, resume: bool) -> None:
         say(f"nothing to resume in {folder}: starting at step 0")
         return
     path, saved = found
-    before = saved.get("settings", {})
-    changes = {k: (before.get(k), now) for k, now in settings.items() if before.get(k) != now}
-    refused = [
-        f"{k} was {old}, is {new}" for k, (old, new) in changes.items() if k not in MAY_CHANGE
-    ]
+    for key in about:
+        if key not in saved:
+            raise CheckpointError(path, f"lacks {key!r}", "resume from another checkpoint")
+    fix = "pass the values it was trained with, or choose another --experiment_name"
+    network = _differences(saved["unet"], about["unet"])
+    if network:
+        raise CheckpointError(path, f"holds another network: {_list(network)}", fix)
+    changes = _differences(saved["settings"], about["settings"])
+    refused = {name: values for name, values in changes.items() if name not in MAY_CHANGE}
     if refused:
-        fix = "pass the values it was trained with, or choose another --experiment_name"
-        raise UsageError("--resume", f"{path} is of another run: {'; '.join(refused)}", fix)
+        raise UsageError("--resume", f"{path} is of another run: {_list(refused)}", fix)
     state.load_state_dict(saved, path)
-    notes = [f"{k} {old} -> {new}" for k, (old, new) in changes.items() if k != "resume"]
-    say(f"resumed {path}" + (f", with {', '.join(notes)}" if notes else ""))
+    changes.pop("resume", None)
+    say(f"resumed {path}" + (f"; changed: {_list(changes)}" if changes else ""))
+
+
+def _differences(before: dict, now: dict) -> dict[str, tuple]:
+    names = before.keys() | now.keys()
+    pairs = {name: (before.get(name), now.get(name)) for name in sorted(names)}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _list(changes: dict[str, tuple]) -> str:
+    return ", ".join(f"{name} was {old}, is {new}" for name, (old, new) in changes.items())

@@ -14,11 +14,12 @@ import math
 import sys
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor
 
 import cli
@@ -81,6 +82,9 @@ class Config:
     save_every: int = 5000  # steps between two checkpoints
     keep_checkpoints: int = 3  # newest checkpoints that are kept
 
+
+# How long a process waits for the others: for the first to prepare the faces, say.
+PROCESS_TIMEOUT = timedelta(minutes=60)
 
 # What `--demo` changes: faces the program draws itself, a network that a CPU trains in minutes.
 DEMO = dict(
@@ -159,7 +163,7 @@ def autocast_dtype(config: Config, device: torch.device) -> torch.dtype | None:
         return None
     if device.type == "cuda":
         return torch.float16 if config.mixed_precision == "fp16" else torch.bfloat16
-    return torch.bfloat16 if torch.cpu.get_capabilities().get("avx512_bf16") else None
+    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else None
 
 
 def make_state(config: Config, device: torch.device, fp16: bool) -> State:
@@ -260,7 +264,7 @@ def train(config: Config) -> Path:
     check_config(config)
     keep_freed_memory()
     folder = Path(config.experiment_name)
-    accelerator = Accelerator()
+    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)])
     device, is_main = accelerator.device, accelerator.is_main_process
     rank, world_size = accelerator.process_index, accelerator.num_processes
     with StopSignals() as stop, lock_folder(folder) if is_main else nullcontext():
@@ -271,15 +275,16 @@ def train(config: Config) -> Path:
         diffusion = Diffusion(config.num_timesteps, config.noise_schedule, device)
         dtype = autocast_dtype(config, device)
         state = make_state(config, device, fp16=dtype == torch.float16)
-        settings = asdict(config) | {"world_size": world_size, "faces": faces.fingerprint}
-        take_up(state, folder, settings, config.resume)
+        run = {"world_size": world_size, "faces": faces.fingerprint}
+        networks = {"unet": unet_arguments(config), "diffusion": diffusion_arguments(config)}
+        about = {"settings": asdict(config) | run, **networks}
+        take_up(state, folder, about, config.resume)
         if state.step >= config.num_training_steps:
             say(f"{folder} has all its {state.step} steps")
             return folder
 
         def save(path: Path) -> None:
-            networks = {"unet": unet_arguments(config), "diffusion": diffusion_arguments(config)}
-            save_checkpoint(path, {"settings": settings, **networks, **state.state_dict()})
+            save_checkpoint(path, about | state.state_dict())
 
         def draw(count: int, steps: int = 20) -> Tensor | None:
             return draw_samples(config, state.ema.model, diffusion, dtype, stop, count, steps)
@@ -287,9 +292,12 @@ def train(config: Config) -> Path:
         # Find out now what would fail later.
         weights = sum(p.numel() for p in state.model.parameters())
         if is_main:
+            used = str(dtype or torch.float32).removeprefix("torch.")
+            if config.mixed_precision == "fp16" and dtype != torch.float16:
+                say(f"note: fp16 needs a CUDA GPU; training in {used} on the {device.type}")
             say(
                 f"{faces.description}; {weights / 1e6:.1f} M weights on {world_size} x {device.type}"
-                f" in {str(dtype or torch.float32)[6:]}"
+                f" in {used}"
             )
             needed = (config.keep_checkpoints + 1) * weights * 16  # weights, EMA, two of Adam's
             preflight(folder, needed, sample=lambda: draw(1, steps=1), save=save)

@@ -49,10 +49,10 @@ def keep_freed_memory() -> None:
 # Files -------------------------------------------------------------------------------------------
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], None], needed: int = 0) -> None:
     """Let `write` fill a file beside `path`, then give it that name: readers see all of it or none.
 
-    Raises ResourceError where the disk refuses."""
+    needed: bytes, for the error. Raises ResourceError where the disk refuses."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         os.replace(aside, path)
         sync_folder(path.parent)
     except OSError as error:
-        raise disk_error(path, error) from error
+        raise disk_error(path, error, needed) from error
     finally:
         aside.unlink(missing_ok=True)
 
@@ -139,7 +139,10 @@ def save_checkpoint(path: Path, state: dict) -> None:
     path = Path(path)
 
     def write(aside: Path) -> None:
-        torch.save({"format": CHECKPOINT_FORMAT, **state}, aside)
+        try:
+            torch.save({"format": CHECKPOINT_FORMAT, **state}, aside)
+        except RuntimeError as error:  # what torch makes of a full disk
+            raise OSError(str(error).split("\n")[0]) from error
         sign(aside)
         with open(aside, "rb+") as file:
             os.fsync(file.fileno())
@@ -149,7 +152,8 @@ def save_checkpoint(path: Path, state: dict) -> None:
             fix = "save only tensors, numbers, strings, lists and dictionaries"
             raise CheckpointError(path, f"would not load again ({error})", fix) from error
 
-    write_atomically(path, write)
+    needed = sum(tensor.nbytes for _, tensor in tensors_in(state))
+    write_atomically(path, write, needed)
 
 
 def sign(path: Path) -> None:

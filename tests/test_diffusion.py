@@ -51,7 +51,9 @@ def make(schedule="cosine", num_timesteps=1000):
 def test_schedule_equals_diffusers(schedule):
     ours, theirs = make(schedule), DDPMScheduler(1000, beta_schedule=THEIRS[schedule])
     torch.testing.assert_close(ours.betas.float(), theirs.betas, rtol=1e-5, atol=1e-8)
-    torch.testing.assert_close(ours.alphas_cumprod.float(), theirs.alphas_cumprod, rtol=2e-3, atol=1e-6)
+    torch.testing.assert_close(
+        ours.alphas_cumprod.float(), theirs.alphas_cumprod, rtol=2e-3, atol=1e-6
+    )
 
 
 def test_linear_schedule_of_another_length_destroys_as_much():
@@ -77,7 +79,9 @@ def test_posterior_equals_its_closed_form_in_float64(schedule):
 
 def test_tables_are_float32_and_of_no_state_dict():
     d = Diffusion()
-    tables = [v for v in vars(d).values() if isinstance(v, torch.Tensor) and v is not d._alphas_cumprod]
+    tables = [
+        v for v in vars(d).values() if isinstance(v, torch.Tensor) and v is not d._alphas_cumprod
+    ]
     assert len(tables) == 9 and {t.dtype for t in tables} == {torch.float32}
     assert not isinstance(d, nn.Module)
 
@@ -155,7 +159,9 @@ def test_ddpm_equals_diffusers(schedule, steps):
     timesteps = [int(t) for t in reversed(d.timesteps(steps))]
     theirs.set_timesteps(timesteps=timesteps)
     model = Gaussian(d)
-    ours = d.sample(model, SHAPE, sampler="ddpm", steps=steps, generator=torch.Generator().manual_seed(3))
+    ours = d.sample(
+        model, SHAPE, sampler="ddpm", steps=steps, generator=torch.Generator().manual_seed(3)
+    )
     g = torch.Generator().manual_seed(3)
     x = torch.randn(*SHAPE, generator=g, dtype=torch.float64)
     for t in timesteps:
@@ -164,7 +170,9 @@ def test_ddpm_equals_diffusers(schedule, steps):
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.7, 1.0])
-@pytest.mark.parametrize("schedule, T, steps", [("linear", 41, 11), ("cosine", 41, 11), ("cosine", 30, 30)])
+@pytest.mark.parametrize(
+    "schedule, T, steps", [("linear", 41, 11), ("cosine", 41, 11), ("cosine", 30, 30)]
+)
 def test_ddim_equals_diffusers(schedule, T, steps, eta):
     d = make(schedule, T)
     theirs = DDIMScheduler(T, beta_schedule=THEIRS[schedule], clip_sample=True)
@@ -183,7 +191,9 @@ def test_ddim_equals_diffusers(schedule, T, steps, eta):
             model(x, torch.tensor([t])), t, x, eta=eta, generator=g, use_clipped_model_output=True
         )
         x = out.prev_sample
-    torch.testing.assert_close(ours, x if eta == 0 else out.pred_original_sample, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        ours, x if eta == 0 else out.pred_original_sample, rtol=1e-6, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])

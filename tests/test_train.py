@@ -183,7 +183,9 @@ def test_different_seeds_and_ranks_see_different_noise(here):
         state = make_state(config, CPU, fp16=False)
         shake(state)
         batches = Batches(load_faces("pictures", 8), 4, 0)
-        losses.add(float(train_step(config, state, Diffusion(50), batches, state.model, None, rank)[0]))
+        losses.add(
+            float(train_step(config, state, Diffusion(50), batches, state.model, None, rank)[0])
+        )
     assert len(losses) == 3  # rank 0 of seed 0 came twice
 
 
@@ -279,7 +281,15 @@ def test_every_constant_of_the_training_changes_the_result(here, name, value):
 
 def test_config_is_covered_by_the_tests_of_its_constants():
     """A new constant needs a test: name it here when it has one."""
-    tested = {"experiment_name", "path_to_data", "resume", "img_size", "only", "compile", "log_every"}
+    tested = {
+        "experiment_name",
+        "path_to_data",
+        "resume",
+        "img_size",
+        "only",
+        "compile",
+        "log_every",
+    }
     tested |= {"sample_every", "num_samples", "save_every", "keep_checkpoints"}
     marks = test_every_constant_of_the_training_changes_the_result.pytestmark
     tested |= {case[0] for mark in marks for case in mark.args[1]}

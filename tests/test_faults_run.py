@@ -1,0 +1,696 @@
+"""Faults of a run, by their number: killed, stopped, diverged, without a terminal, of two processes.
+`=ref` in the table: weights, EMA, optimiser and scaler are those of an uninterrupted run, bit for bit."""
+
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TINY, assert_error, flags, run_script, tensors_equal
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import log as log_module
+import safety
+import state as state_module
+import train as train_module
+import utils
+from dataset import Batches, load_faces
+from diffusion import Diffusion
+from ema import EMA
+from errors import DivergedError, Interrupted, UsageError
+from safety import StopSignals, Watch, lock_folder
+from train import Config, train
+from utils import checkpoint_path, list_checkpoints, load_checkpoint
+
+FAST = {"log_every": 1, "save_every": 1, "num_training_steps": 3, "keep_checkpoints": 2}
+FAST |= {"sample_every": 2, "dropout": 0.5, "gradient_accumulation_steps": 2}
+
+
+def tiny(**changes) -> Config:
+    return Config(**{**TINY, **changes})
+
+
+def final(name: str, step: int) -> dict:
+    return load_checkpoint(checkpoint_path(Path(name), step))
+
+
+def assert_equal_runs(a: dict, b: dict) -> None:
+    for part in ("step", "model", "ema", "optimizer", "scaler", "history"):
+        assert tensors_equal(a[part], b[part]), part
+
+
+# Killed ------------------------------------------------------------------------------------------
+
+
+def in_child(work) -> int:
+    """Run `work` in a forked process; its exit code. Nothing of it outlives a kill but its files."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            sys.stdout = sys.stderr = open(os.devnull, "w")
+            work()
+            code = 0
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+TRACED = {train_module.__file__, utils.__file__, state_module.__file__, safety.__file__}
+
+
+def kill_at(event: int, config: Config) -> None:
+    """Train, and die without a word at the event-th line of the loop and the checkpoint code."""
+    left = event
+
+    def trace(frame, kind, _):
+        nonlocal left
+        if frame.f_code.co_filename not in TRACED:
+            return None
+        if kind == "line":
+            left -= 1
+            if left == 0:
+                os._exit(137)
+        return trace
+
+    sys.settrace(trace)
+    train(config)
+
+
+def count_lines(config: Config) -> int:
+    count = 0
+
+    def trace(frame, kind, _):
+        nonlocal count
+        if frame.f_code.co_filename not in TRACED:
+            return None
+        count += kind == "line"
+        return trace
+
+    sys.settrace(trace)
+    try:
+        train(config)
+    finally:
+        sys.settrace(None)
+    return count
+
+
+@pytest.fixture
+def quick(here, monkeypatch):
+    """No drawing of curves and no TensorBoard, which hold nothing that a resumed run needs."""
+
+    class Silent:
+        def __init__(self, folder, step, history):
+            self.history = history
+
+        def scalars(self, step, values):
+            self.history.append([step, values["loss"]])
+
+        images = draw_loss = lambda self, *arguments: None
+        __enter__ = lambda self: self  # noqa: E731
+        __exit__ = images
+
+    monkeypatch.setattr(train_module, "RunLog", Silent)
+    return here
+
+
+def kill_everywhere(stride: int, twice: bool = False) -> int:
+    config = tiny(**FAST)
+    lines = count_lines(tiny(**{**FAST, "experiment_name": "counted"}))
+    reference = final("counted", 3)
+    kills = 0
+    for event in range(1, lines + 1, stride):
+        run = tiny(**{**FAST, "experiment_name": f"run{event}", "resume": True})
+        assert in_child(lambda run=run, event=event: kill_at(event, run)) == 137, event
+        if twice:  # row 6: killed again, while it takes up what it left
+            assert in_child(lambda run=run, event=event: kill_at(event // 2 + 1, run)) == 137, event
+        assert in_child(lambda run=run: train(run)) == 0, event
+        assert_equal_runs(final(run.experiment_name, 3), reference)
+        subprocess.run(["rm", "-r", run.experiment_name], check=True)
+        kills += 1
+    assert config.num_training_steps == 3 and kills > lines / stride - 1 and lines > 500
+    return kills
+
+
+def test_row_1_killed_at_every_17th_line(quick):
+    kill_everywhere(stride=17)
+
+
+def test_row_6_killed_while_resuming(quick):
+    kill_everywhere(stride=101, twice=True)
+
+
+@pytest.mark.slow
+def test_row_1_killed_at_every_line(quick):
+    print(f"killed at {kill_everywhere(stride=1)} lines")
+
+
+def kill_at_random_times(times: int, config: dict) -> None:
+    """Row 2: SIGKILL a real process again and again; the last one is left to finish."""
+    command = [sys.executable, str(ROOT / "train.py"), *flags({**config, "resume": True})]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    started = time.monotonic()
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    seconds = time.monotonic() - started
+    os.rename("run", "reference")
+    kills, draw = 0, random.Random(0)
+    while kills < times:
+        process = subprocess.Popen(command, env=environment, stdout=-3, stderr=-3)
+        try:
+            assert process.wait(timeout=seconds * (0.35 + 0.6 * draw.random())) == 0
+            subprocess.run(["rm", "-rf", "run"], check=True)  # it was done: begin anew
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills += 1
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    step = config["num_training_steps"]
+    assert_equal_runs(final("run", step), final("reference", step))
+
+
+def test_row_2_killed_at_3_random_times(here):
+    kill_at_random_times(3, {**TINY, **FAST, "num_training_steps": 40})
+
+
+@pytest.mark.slow
+def test_row_2_killed_at_20_random_times(here):
+    kill_at_random_times(20, {**TINY, **FAST, "num_training_steps": 40})
+
+
+def test_row_7_three_resumes_in_one_epoch(here):
+    train(tiny(experiment_name="whole", num_training_steps=4, save_every=1))
+    for steps in (1, 2, 3, 4):  # an epoch is 5 batches of 4
+        train(tiny(num_training_steps=steps, resume=True, save_every=1, log_every=1))
+    a, b = final("whole", 4), final("run", 4)
+    for part in ("model", "ema", "optimizer"):
+        assert tensors_equal(a[part], b[part])
+
+
+def test_row_66_data_order_across_a_kill_is_the_uninterrupted_one(here, monkeypatch):
+    seen = []
+    real = Batches.__call__
+
+    def watched(self, index):
+        x_0, attributes = real(self, index)
+        seen.append((index, float(x_0.sum())))
+        return x_0, attributes
+
+    monkeypatch.setattr(Batches, "__call__", watched)
+    train(tiny(experiment_name="whole", num_training_steps=12))
+    whole = seen.copy()
+    seen.clear()
+    train(tiny(num_training_steps=7))
+    train(tiny(num_training_steps=12, resume=True))
+    assert seen == whole and len(whole) == 12 and len({total for _, total in whole}) == 12
+
+
+def test_row_67_learning_rate_across_a_kill_is_the_uninterrupted_one(here):
+    config = dict(lr_schedule="constant", warmup_steps=8, log_every=1, num_training_steps=10)
+    train(tiny(experiment_name="whole", **config))
+    train(tiny(**{**config, "num_training_steps": 4}))
+    train(tiny(resume=True, **config))
+    rates = [
+        [(e.step, e.value) for e in EventAccumulator(name).Reload().Scalars("learning_rate")]
+        for name in ("whole", "run")
+    ]
+    assert rates[0] == rates[1] and len(rates[0]) == 10
+
+
+# Where each part of the state matters: a resume that forgets one of them is noticed.
+
+
+@pytest.mark.parametrize("part", ["model", "ema", "optimizer", "step", "history"])
+def test_each_part_of_the_state_is_needed(here, monkeypatch, part):
+    train(tiny(experiment_name="whole"))
+    train(tiny(num_training_steps=3))
+    forgotten = train_module.make_state(tiny(), torch.device("cpu"), fp16=False).state_dict()
+    real = state_module.load_newest_checkpoint
+
+    def forgetful(folder):
+        path, saved = real(folder)
+        saved[part] = forgotten[part]
+        return path, saved
+
+    monkeypatch.setattr(state_module, "load_newest_checkpoint", forgetful)
+    train(tiny(resume=True))
+    with pytest.raises(AssertionError):
+        assert_equal_runs(final("whole", 6), final("run", 6))
+
+
+# Diverged ----------------------------------------------------------------------------------------
+
+
+def run_poisoned(monkeypatch, poison, steps=(4,), **changes):
+    """Train with the loss of these steps (counted from 0) put through `poison`."""
+    real, calls = Diffusion.loss, iter(range(1000))
+
+    def loss(self, *arguments):
+        value = real(self, *arguments)
+        return poison(value) if next(calls) in steps else value
+
+    monkeypatch.setattr(Diffusion, "loss", loss)
+    return train(tiny(**changes))
+
+
+def test_row_29_nan_loss_saves_nothing(here, monkeypatch):
+    with pytest.raises(DivergedError, match="loss is not finite") as error:
+        run_poisoned(monkeypatch, lambda loss: loss * math.nan)
+    assert error.value.exit_code == 6
+    assert [p.stem for p in list_checkpoints(here / "run")] == ["step_00000003"]
+    load_checkpoint(checkpoint_path(here / "run", 3))
+
+
+class Explode(torch.autograd.Function):
+    """The value as it is, with a gradient that is infinite."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * math.inf
+
+
+@pytest.fixture
+def fp16_patience(monkeypatch):
+    """The loss scale and the patience of fp16, with the arithmetic of float32."""
+    real = train_module.make_state
+    monkeypatch.setattr(train_module, "make_state", lambda c, d, fp16: real(c, d, fp16=True))
+    monkeypatch.setattr(train_module, "Watch", lambda device, patience: Watch(device, 20))
+
+
+def test_row_30_one_infinite_gradient_under_a_loss_scale_skips_one_step(
+    here, monkeypatch, fp16_patience
+):
+    train(tiny(experiment_name="clean", num_training_steps=4, save_every=1, keep_checkpoints=9))
+    run_poisoned(monkeypatch, Explode.apply, num_training_steps=6, save_every=1, keep_checkpoints=9)
+    before, at, after = final("run", 4), final("run", 5), final("run", 6)
+    assert tensors_equal(before["model"], at["model"]) and at["scaler"]["scale"] == 2.0**15
+    assert not tensors_equal(at["model"], after["model"])
+    assert tensors_equal(final("clean", 4)["model"], before["model"])
+
+
+def test_row_31_twenty_skipped_steps_in_a_row_stop_the_run(here, monkeypatch, fp16_patience):
+    with pytest.raises(DivergedError, match="20 updates in a row"):
+        run_poisoned(
+            monkeypatch, Explode.apply, range(3, 23), num_training_steps=60, save_every=23
+        )
+    assert not list_checkpoints(here / "run")
+
+
+def test_row_31_nineteen_do_not(here, monkeypatch, fp16_patience):
+    run_poisoned(monkeypatch, Explode.apply, range(3, 22), num_training_steps=24, save_every=24)
+    assert final("run", 24)["scaler"]["scale"] == 2.0 ** (16 - 19)
+
+
+def test_row_33_infinite_gradient_without_a_loss_scale_stops_before_the_step(here, monkeypatch):
+    updated = []
+    real = EMA.update
+    monkeypatch.setattr(EMA, "update", lambda self, m: (updated.append(m), real(self, m)))
+    with pytest.raises(DivergedError, match="1 updates? in a row"):
+        run_poisoned(monkeypatch, Explode.apply, log_every=100)
+    assert all(torch.isfinite(p).all() for p in updated[-1].parameters())
+    assert [p.stem for p in list_checkpoints(here / "run")] == ["step_00000003"]
+
+
+def test_row_29_exit_code_of_a_real_process(here):
+    script = "import sys, math; sys.path.insert(0, {!r}); import train, cli, diffusion\n".format(str(ROOT))
+    script += "real = diffusion.Diffusion.loss\n"
+    script += "diffusion.Diffusion.loss = lambda *a: real(*a) * math.nan\ncli.run(train.main)"
+    Path("poisoned.py").write_text(script)
+    result = run_script(str(here / "poisoned.py"), *flags(TINY))
+    assert_error(result, 6, "the loss is not finite")
+
+
+# Stopped -----------------------------------------------------------------------------------------
+
+
+def hook(monkeypatch, module, name, action, at=1):
+    """Call `action` before the at-th call of module.name."""
+    real, calls = getattr(module, name), iter(range(1, 1000))
+
+    def hooked(*arguments, **options):
+        if next(calls) == at:
+            action()
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(module, name, hooked)
+
+
+def send(number):
+    return lambda: os.kill(os.getpid(), number)
+
+
+PLACES = {
+    "a step": (Diffusion, "loss", 2),
+    "a save": (utils, "check_signature", 2),  # the first is the trial before step 1
+    "a save's renaming": (os, "replace", 3),
+    "the sampling": (Diffusion, "_guess", 4),
+    "the log": (log_module.RunLog, "scalars", 1),
+}
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("place", PLACES)
+def test_rows_34_35_38_a_signal_in_the_loop_saves_and_ends(here, monkeypatch, place, number, code):
+    config = dict(save_every=2, sample_every=2, log_every=1)
+    train(tiny(experiment_name="whole", **config))
+    with monkeypatch.context() as patch:
+        module, name, at = PLACES[place]
+        hook(patch, module, name, send(number), at)
+        with pytest.raises(Interrupted) as stop:
+            train(tiny(**config))
+    assert stop.value.exit_code == code
+    newest, *_ = list_checkpoints(here / "run")
+    assert load_checkpoint(newest)["step"] < 6 and not list((here / "run").rglob("*.tmp"))
+    train(tiny(resume=True, **config))
+    assert_equal_runs(final("whole", 6), final("run", 6))
+
+
+def test_row_34_a_signal_while_loading_faces_ends_at_once(here, monkeypatch):
+    hook(monkeypatch, train_module, "load_faces", send(signal.SIGTERM))
+    with pytest.raises(Interrupted) as stop:
+        train(tiny())
+    assert stop.value.exit_code == 143 and not list_checkpoints(here / "run")
+
+
+def start(*words, settings=None, **options) -> subprocess.Popen:
+    """A real run of many steps, once it is past its third."""
+    settings = {**TINY, "num_training_steps": 100_000, "log_every": 1, **(settings or {})}
+    command = [sys.executable, str(ROOT / "train.py"), *flags(settings), *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, env=environment, **pipes, **options)
+    for line in process.stdout:
+        if line.startswith("step 3/"):
+            return process
+    raise AssertionError(process.stderr.read())
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_rows_35_37_a_real_process_saves_and_exits(here, number, code):
+    process = start(start_new_session=True, settings={"save_every": 100_000})
+    os.killpg(process.pid, number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code and "Traceback" not in errors
+    newest, *_ = list_checkpoints(here / "run")
+    assert load_checkpoint(newest)["step"] >= 3
+
+
+def test_row_36_ctrl_c_twice_ends_within_a_second(here):
+    process = start()
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGINT)
+    began = time.monotonic()
+    for _ in range(20):  # the kernel may merge two signals into one: keep pressing
+        if process.poll() is not None:
+            break
+        time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130 and time.monotonic() - began < 2
+
+
+def test_row_36_the_second_signal_does_not_wait_for_the_step(here):
+    script = f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); from safety import StopSignals\n"
+    script += "with StopSignals() as stop:\n    stop.deferred = True\n    print('on', flush=True)\n"
+    script += "    time.sleep(60); time.sleep(60)\n"
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+    process.stdout.readline()
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.2)
+    assert process.wait(timeout=1) == 130
+
+
+def test_row_39_a_caller_s_signal_handlers_are_given_back(here):
+    mine = {}
+    before = {n: signal.signal(n, lambda *a: mine.update(hit=1)) for n in (2, 15)}
+    handlers = [signal.getsignal(n) for n in (2, 15)]
+    try:
+        train(tiny(num_training_steps=1))
+        assert [signal.getsignal(n) for n in (2, 15)] == handlers
+        with pytest.raises(UsageError):
+            train(tiny())
+        assert [signal.getsignal(n) for n in (2, 15)] == handlers
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_row_41_two_runs_in_one_folder(here):
+    process = start()
+    result = run_script("train.py", *flags({**TINY, "resume": True}))
+    assert_error(result, 2, "--experiment_name", f"pid {process.pid}")
+    process.kill()
+    process.communicate()
+    with lock_folder(here / "run"):  # a crash leaves no lock behind
+        pass
+
+
+# Sampling, resources, the log --------------------------------------------------------------------
+
+
+def test_row_28_a_save_during_sampling_holds_raw_and_averaged_weights(here, monkeypatch):
+    train(tiny(experiment_name="whole"))
+    taken = {}
+    real = Diffusion._guess
+
+    def saving(self, model, *arguments):
+        taken["sampled"] = model
+        return real(self, model, *arguments)
+
+    real_step = train_module.train_step
+
+    def step(config, state, *arguments):
+        if "sampled" in taken and "copy" not in taken and state.step == 2:
+            copy = {k: v.clone() for k, v in state.state_dict()["model"].items()}
+            taken["copy"], taken["ema"] = copy, dict(state.ema.model.state_dict())
+        return real_step(config, state, *arguments)
+
+    monkeypatch.setattr(Diffusion, "_guess", saving)
+    monkeypatch.setattr(train_module, "train_step", step)
+    train(tiny(sample_every=1))
+    assert not tensors_equal(taken["copy"], taken["ema"])
+    assert_equal_runs(final("whole", 6), final("run", 6))
+
+
+def test_row_59_out_of_memory_suggests_a_smaller_batch(here):
+    script = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import train, cli, torch, diffusion\n"
+    script += "def loss(*a): raise torch.OutOfMemoryError('CUDA out of memory.')\n"
+    script += "diffusion.Diffusion.loss = loss\ncli.run(train.main)"
+    Path("full.py").write_text(script)
+    result = run_script(str(here / "full.py"), *flags(TINY))
+    assert_error(result, 5, "--batch_size", "--gradient_accumulation_steps")
+
+
+def test_row_60_fp16_on_a_cpu_says_what_is_used_instead(here, capsys):
+    train(tiny(mixed_precision="fp16", num_training_steps=1))
+    used = "bfloat16" if torch.cpu._is_avx512_bf16_supported() else "float32"
+    assert f"note: fp16 needs a CUDA GPU; training in {used}" in capsys.readouterr().out
+
+
+def steps_logged(folder) -> list[int]:
+    return [event.step for event in EventAccumulator(str(folder)).Reload().Scalars("loss")]
+
+
+def test_row_61_tensorboard_shows_no_step_twice_after_a_kill(here):
+    config = tiny(log_every=1, save_every=3, num_training_steps=8)
+    code = "import sys; sys.path.insert(0, {!r}); import train, os, log\n".format(str(ROOT))
+    code += "real = log.RunLog.scalars\n"
+    code += "def scalars(self, step, values):\n    real(self, step, values)\n"
+    code += "    if step == 5: self.writer.flush(); os._exit(137)\n"
+    code += "log.RunLog.scalars = scalars\ntrain.main()"
+    Path("dies.py").write_text(code)
+    settings = {**TINY, "log_every": 1, "save_every": 3, "num_training_steps": 8}
+    assert run_script(str(here / "dies.py"), *flags(settings)).returncode == 137
+    assert steps_logged("run") == [1, 2, 3, 4, 5]
+    time.sleep(1.1)  # TensorBoard orders files by the second in their names
+    train(tiny(**{**settings, "resume": True}))
+    assert steps_logged("run") == [1, 2, 3, 4, 5, 6, 7, 8] and config.log_every == 1
+
+
+def test_row_61_cut_record_is_survived(here):
+    train(tiny(log_every=1, num_training_steps=3))
+    events = next((here / "run").glob("events*"))
+    os.truncate(events, events.stat().st_size - 5)
+    time.sleep(1.1)
+    train(tiny(log_every=1, resume=True))
+    steps = steps_logged("run")
+    assert sorted(set(steps)) == steps and steps[-3:] == [4, 5, 6]
+
+
+def test_row_62_no_terminal_means_plain_lines(here):
+    result = run_script("train.py", *flags(TINY))
+    assert result.returncode == 0 and "\r" not in result.stdout + result.stderr
+    assert [line for line in result.stdout.splitlines() if line.startswith("step 6/6")]
+
+
+def test_row_62_the_run_survives_a_closed_stdout(here):
+    words = flags({**TINY, "num_training_steps": 30, "log_every": 1})
+    command = [sys.executable, str(ROOT / "train.py"), *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(command, **pipes)
+    process.stdout.readline()
+    process.stdout.close()
+    errors = process.stderr.read()
+    assert process.wait(timeout=60) == 0, errors
+    assert "Traceback" not in errors and final("run", 30)["step"] == 30
+
+
+def test_row_63_a_clock_that_steps_back_changes_nothing(here, monkeypatch):
+    train(tiny(experiment_name="whole", sample_every=2))
+    times = iter(range(10**9, 0, -3600))
+    monkeypatch.setattr(time, "time", lambda: float(next(times)))
+    train(tiny(sample_every=2))
+    monkeypatch.undo()
+    assert_equal_runs(final("whole", 6), final("run", 6))
+
+
+def test_row_64_a_killed_sampler_leaves_no_partial_picture(here, monkeypatch):
+    import sample
+
+    train(tiny())
+
+    def die(self, file, *arguments, **options):
+        Path(file).write_bytes(b"\x89PNG half")
+        raise KeyboardInterrupt
+
+    for out in ("faces.png", "way.gif", "faces"):
+        with monkeypatch.context() as patch:
+            patch.setattr(utils.Image.Image, "save", die)
+            with pytest.raises(KeyboardInterrupt):
+                sample.sample(sample.Sample(checkpoint="run", num_images=2, steps=2, out=out))
+        found = [p for p in here.rglob("*") if p.suffix in (".png", ".gif", ".tmp")]
+        assert all("pictures" in p.parts or "samples" in p.parts for p in found)
+
+
+def test_row_68_a_finished_run_resumed_exits_0_and_touches_nothing(here):
+    assert run_script("train.py", *flags(TINY)).returncode == 0
+    before = {p: p.read_bytes() for p in (here / "run").rglob("*") if p.is_file() and p.name != "lock"}
+    result = run_script("train.py", *flags({**TINY, "resume": True}))
+    assert result.returncode == 0 and "has all its 6 steps" in result.stdout
+    after = {p: p.read_bytes() for p in (here / "run").rglob("*") if p.is_file() and p.name != "lock"}
+    assert before == after
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--img_size", "0"],
+        ["--img_size", "63"],
+        ["--batch_size", "-1"],
+        ["--learning_rate", "nan"],
+        ["--ema_decay", "2"],
+    ],
+)
+def test_row_69_numbers_out_of_range_name_the_flag(here, words):
+    assert_error(run_script("train.py", *words), 2, words[0])
+
+
+# Two processes -----------------------------------------------------------------------------------
+
+LAUNCH = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+
+
+def launch(script, *words, port, **options) -> subprocess.Popen:
+    command = [sys.executable, *LAUNCH, "--main_process_port", str(port), str(script), *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command, env=environment, start_new_session=True, **pipes, **options)
+
+
+def wait(process, seconds=150) -> str:
+    try:
+        return process.communicate(timeout=seconds)[0]
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+
+
+@pytest.fixture
+def port():
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+SCRIPT = "import sys, os, time; sys.path.insert(0, {root!r}); import train, cli\n{body}\ncli.run(train.main)\n"
+
+
+def test_two_processes_train_save_sample_and_resume_exactly(here, port):
+    settings = {**TINY, "sample_every": 3, "batch_size": 2}
+    whole = launch(ROOT / "train.py", *flags({**settings, "experiment_name": "whole"}), port=port)
+    text = wait(whole)
+    assert whole.returncode == 0, text
+    assert "2 x cpu" in text and (here / "whole" / "samples" / "step_00000006.png").exists()
+    for steps, more in ((3, {}), (6, {"resume": True})):
+        words = flags({**settings, "num_training_steps": steps, **more})
+        process = launch(ROOT / "train.py", *words, port=port)
+        text = wait(process)
+        assert process.returncode == 0, text
+    assert_equal_runs(final("whole", 6), final("run", 6))
+    assert not [k for k in final("run", 6)["model"] if k.startswith("module.")]
+    # Two processes of two faces are not one of two: both took part in the gradient.
+    train(tiny(experiment_name="alone", batch_size=2))
+    assert not tensors_equal(final("alone", 6)["model"], final("run", 6)["model"])
+
+
+def test_row_56_one_of_two_processes_is_killed(here, port):
+    body = "real = train.train_step\ndef step(config, state, *a):\n"
+    body += "    if state.step == 4 and os.environ['RANK'] == '1' and not config.resume: os._exit(137)\n"
+    body += "    return real(config, state, *a)\ntrain.train_step = step"
+    Path("dies.py").write_text(SCRIPT.format(root=str(ROOT), body=body))
+    settings = {**TINY, "batch_size": 2}
+    process = launch("dies.py", *flags(settings), port=port)
+    began = time.monotonic()
+    wait(process)
+    assert process.returncode != 0 and time.monotonic() - began < 60
+    process = launch("dies.py", *flags({**settings, "resume": True}), port=port)
+    assert "step_00000003.pt" in wait(process) and process.returncode == 0
+    process = launch("dies.py", *flags({**settings, "resume": True, "experiment_name": "whole"}), port=port)
+    assert wait(process) is not None and process.returncode == 0
+    assert_equal_runs(final("whole", 6), final("run", 6))
+
+
+@pytest.mark.parametrize("action", ["raise RuntimeError('lost')", "time.sleep(1000)"])
+def test_row_57_one_of_two_processes_raises_or_hangs(here, port, action):
+    body = "from datetime import timedelta\ntrain.PROCESS_TIMEOUT = timedelta(seconds=15)\n"
+    body += "real = train.train_step\ndef step(config, state, *a):\n"
+    body += f"    if state.step == 4 and os.environ['RANK'] == '1': {action}\n"
+    body += "    return real(config, state, *a)\ntrain.train_step = step"
+    Path("lost.py").write_text(SCRIPT.format(root=str(ROOT), body=body))
+    process = launch("lost.py", *flags({**TINY, "batch_size": 2}), port=port)
+    wait(process)
+    assert process.returncode != 0
+    assert load_checkpoint(list_checkpoints(here / "run")[0])["step"] == 3
+
+
+def test_row_58_sigterm_to_one_of_two_processes_saves_one_step_for_both(here, port):
+    body = "real = train.train_step\ndef step(config, state, *a):\n"
+    body += "    if state.step == 4 and os.environ['RANK'] == '1': os.kill(os.getpid(), 15)\n"
+    body += "    return real(config, state, *a)\ntrain.train_step = step"
+    Path("stopped.py").write_text(SCRIPT.format(root=str(ROOT), body=body))
+    settings = {**TINY, "batch_size": 2, "num_training_steps": 40, "save_every": 1000}
+    process = launch("stopped.py", *flags(settings), port=port)
+    wait(process)
+    assert process.returncode != 0
+    assert [p.stem for p in list_checkpoints(here / "run")] == ["step_00000010"]
+
+
+def test_batches_of_two_processes_are_disjoint_parts_of_one_epoch(here):
+    faces = load_faces("pictures", 8)
+    parts = [Batches(faces, 5, 0, rank, 2)(0)[0] for rank in (0, 1)]
+    pixels = [tuple(sorted(x.flatten().tolist())) for part in parts for x in part]
+    assert len(set(pixels)) == 10
