@@ -68,6 +68,14 @@ def parse_attributes(specs: Sequence[str], flag: str = "--only") -> dict[str, in
     return values
 
 
+def sheet_rows(attributes: Sequence[str]) -> tuple[list[str], Tensor]:
+    """What a sheet asks for: each attribute by itself, on and off. Returns a label for each row,
+    and the rows, (2K, K) of 1, -1 and 0."""
+    labels = [label for name in attributes for label in (name, f"not {name}")]
+    one = torch.eye(len(attributes))
+    return labels, torch.stack([one, -one], dim=1).flatten(0, 1)
+
+
 def load_faces(
     path_to_data: str | Path,
     img_size: int,

@@ -1,5 +1,6 @@
-"""The diffusion: how noise is put into pictures, how the network learns to find it, and how pictures
-are drawn by taking it out again. No network and no optimiser live here: the model is an argument.
+"""The diffusion: how noise is put into pictures, how the network learns to find it, and how
+pictures are drawn by taking it out again. No network and no optimiser live here: the model is an
+argument.
 
     paper             name here                        shape   meaning
     T                 num_timesteps                    ()      steps of the forward process
@@ -10,12 +11,14 @@ are drawn by taking it out again. No network and no optimiser live here: the mod
     beta-tilde_t      posterior_variance               (T,)    variance of q(x_{t-1} | x_t, x_0)
     eq. 7             posterior_mean_coef1, ..._coef2  (T,)    weights of x_0 and x_t in its mean
     epsilon           eps                              as x_0  the noise, normal with unit variance
+                      v                                as x_0  sqrt(abar) eps - sqrt(1 - abar) x_0
 
 DDPM: Ho et al. 2020. Cosine schedule, respacing: Nichol and Dhariwal 2021. DDIM: Song et al. 2020.
-DPM-Solver++ 2M: Lu et al. 2022. Classifier-free guidance: Ho and Salimans 2022.
-"""
+v: Salimans and Ho 2022. DPM-Solver++ 2M: Lu et al. 2022. Classifier-free guidance: Ho and Salimans
+2022."""
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -31,12 +34,13 @@ Generators = (
 
 SAMPLERS = ("ddpm", "ddim", "dpm++")
 NOISE_SCHEDULES = ("linear", "cosine")
+PREDICTIONS = ("eps", "v")
 SIGMA_MAX = 80.0  # where DPM-Solver++ starts: beyond it x_t holds nothing of the picture
 
 
 def make_betas(noise_schedule: str, num_timesteps: int) -> Tensor:
-    """The variances beta_t, (T,) float64: "linear" (Ho et al. 2020, 1e-4 to 0.02 at T = 1000, scaled
-    to other T) or "cosine" (Nichol and Dhariwal 2021, eq. 17)."""
+    """The variances beta_t, (T,) float64: "linear" (Ho et al. 2020, 1e-4 to 0.02 at T = 1000,
+    scaled to other T) or "cosine" (Nichol and Dhariwal 2021, eq. 17)."""
     if noise_schedule == "linear":
         scale = 1000 / num_timesteps
         betas = torch.linspace(scale * 1e-4, scale * 0.02, num_timesteps, dtype=torch.float64)
@@ -60,7 +64,8 @@ class Posterior(NamedTuple):
 def make_posterior(alphas_cumprod: Tensor) -> Posterior:
     """The posterior between neighbours of any increasing sequence of timesteps.
 
-    alphas_cumprod: (n,) float64 at those timesteps; before the first one lies the picture itself."""
+    alphas_cumprod: (n,) float64 at those timesteps; before the first one lies the picture
+    itself."""
     alphas_cumprod_prev = F.pad(alphas_cumprod[:-1], (1, 0), value=1.0)
     alphas = alphas_cumprod / alphas_cumprod_prev
     rest, rest_prev = 1 - alphas_cumprod, 1 - alphas_cumprod_prev
@@ -104,18 +109,23 @@ def evaluating(model: Callable):
 class Diffusion:
     """The forward process, its loss and its samplers.
 
-    num_timesteps: T; noise_schedule: "linear" or "cosine"; device, dtype: of the tables and of the
-    pictures drawn. The tables are computed in float64; they belong to no state dict."""
+    num_timesteps: T; noise_schedule: "linear" or "cosine"; prediction: what the network is taught
+    to answer, "eps", or "v", which learns the colours of whole pictures much sooner; device,
+    dtype: of the tables and of the pictures drawn. The tables are computed in float64; they belong
+    to no state dict."""
 
     def __init__(
         self,
         num_timesteps: int = 1000,
         noise_schedule: str = "cosine",
+        prediction: str = "eps",
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ):
         assert num_timesteps > 1, f"num_timesteps is {num_timesteps}"
-        self.num_timesteps = num_timesteps
+        if prediction not in PREDICTIONS:
+            raise ValueError(f"prediction is {prediction!r}, not one of {PREDICTIONS}")
+        self.num_timesteps, self.prediction = num_timesteps, prediction
         self.device, self.dtype = torch.device(device), dtype
         betas = make_betas(noise_schedule, num_timesteps)
         self._alphas_cumprod = torch.cumprod(1 - betas, dim=0)  # float64, on the CPU, for samplers
@@ -141,7 +151,8 @@ class Diffusion:
     def q_sample(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """Draw x_t ~ q(x_t | x_0), Ho et al. 2020 eq. 4.
 
-        x_0: (B, C, H, W) in [-1, 1]; t: (B,) int64 in [0, T); eps: x_0's shape. Returns x_0's shape."""
+        x_0: (B, C, H, W) in [-1, 1]; t: (B,) int64 in [0, T); eps: x_0's shape. Returns x_0's
+        shape."""
         signal = self.sqrt_alphas_cumprod[t].view(-1, 1, 1, 1)
         noise = self.sqrt_one_minus_alphas_cumprod[t].view(-1, 1, 1, 1)
         return signal * x_0 + noise * eps
@@ -155,22 +166,26 @@ class Diffusion:
         return t.clamp(max=self.num_timesteps - 1)  # float32 can round (B - 1) + 0.9999999 up to B
 
     def loss(self, model, x_0: Tensor, generator=None, attributes: Tensor | None = None) -> Tensor:
-        """The mean squared error of the noise guessed, Ho et al. 2020 eq. 14. A scalar in x_0's dtype.
+        """The mean squared error of the noise (or v) guessed, Ho et al. 2020 eq. 14. A scalar.
 
         x_0: (B, C, H, W) in [-1, 1]; generator: on this diffusion's device; attributes: (B, K)."""
         t = self.stratified_timesteps(len(x_0), generator)
         eps = draw_noise(x_0.shape, generator, self.device, x_0.dtype)
         x_t = self.q_sample(x_0, t, eps)
-        eps_pred = model(x_t, t) if attributes is None else model(x_t, t, attributes)
-        return F.mse_loss(eps_pred.to(eps.dtype), eps)
+        guess = model(x_t, t) if attributes is None else model(x_t, t, attributes)
+        target = eps
+        if self.prediction == "v":
+            signal = self.sqrt_alphas_cumprod[t].view(-1, 1, 1, 1)
+            noise = self.sqrt_one_minus_alphas_cumprod[t].view(-1, 1, 1, 1)
+            target = signal * eps - noise * x_0
+        return F.mse_loss(guess.to(target.dtype), target)
 
     # Sampling ------------------------------------------------------------------------------------
 
     def sample(self, model, shape: Sequence[int], **options) -> Tensor:
         """Draw pictures, `shape` = (B, C, H, W), in [-1, 1]. The options are `sample_loop`'s."""
-        for _, _, x_0_pred in self.sample_loop(model, shape, **options):
-            pass
-        return x_0_pred
+        ((_, _, x_0),) = deque(self.sample_loop(model, shape, **options), maxlen=1)
+        return x_0
 
     def sample_loop(
         self,
@@ -184,13 +199,13 @@ class Diffusion:
         eta: float = 0.0,
         x_T: Tensor | None = None,
     ) -> Iterator[tuple[float, Tensor, Tensor]]:
-        """Draw pictures step by step: yields (t, x_t, x_0_pred) after each of `steps` evaluations of
-        the network; the last x_0_pred is the picture.
+        """Draw pictures step by step: yields (t, x_t, x_0_pred) after each of `steps` evaluations
+        of the network; the last x_0_pred is the picture.
 
         sampler: "ddpm" (ancestral), "ddim" (eta = 0 deterministic, 1 as noisy as DDPM) or "dpm++"
-        (DPM-Solver++ 2M); steps: evaluations, for ddpm and ddim at most T; generator: one, or a list
-        with one for each image; attributes: (B, K), with guidance > 1 the more followed, at two
-        evaluations a step; x_T: the noise to start from, else drawn."""
+        (DPM-Solver++ 2M); steps: evaluations, for ddpm and ddim at most T; generator: one, or a
+        list with one for each image; attributes: (B, K), with guidance > 1 the more followed, at
+        two evaluations a step; x_T: the noise to start from, else drawn."""
         assert sampler in SAMPLERS, f"sampler is {sampler!r}, not one of {SAMPLERS}"
         assert steps > 0, f"steps is {steps}"
         if sampler != "dpm++" and steps > self.num_timesteps:
@@ -199,8 +214,9 @@ class Diffusion:
         def noise() -> Tensor:
             return draw_noise(shape, generator, self.device, self.dtype)
 
-        def guess(x_t: Tensor, t: float) -> Tensor:
-            return self._guess(model, x_t, t, attributes, guidance)
+        def guess(x_t: Tensor, t: float, alpha_bar: float) -> tuple[Tensor, Tensor]:
+            output = self._evaluate(model, x_t, t, attributes, guidance)
+            return self._split(output, x_t, alpha_bar)
 
         x = noise() if x_T is None else x_T.to(self.device, self.dtype)
         if sampler == "dpm++":
@@ -217,17 +233,28 @@ class Diffusion:
                 return
             yield state
 
-    def _guess(self, model, x_t: Tensor, t: float, attributes: Tensor | None, guidance: float):
-        """The network's eps, with classifier-free guidance: eps_0 + guidance * (eps_c - eps_0)."""
+    def _evaluate(self, model, x_t: Tensor, t: float, attributes: Tensor | None, guidance: float):
+        """The network's answer, with classifier-free guidance: f_0 + guidance * (f_c - f_0)."""
         times = torch.full((len(x_t),), t, device=self.device)
         if attributes is None:
             return model(x_t, times).to(x_t.dtype)
         if guidance == 1:
             return model(x_t, times, attributes).to(x_t.dtype)
         both = torch.cat([attributes, torch.zeros_like(attributes)])
-        eps = model(x_t.repeat(2, 1, 1, 1), times.repeat(2), both).to(x_t.dtype)
-        with_condition, without = eps.chunk(2)
+        answers = model(x_t.repeat(2, 1, 1, 1), times.repeat(2), both).to(x_t.dtype)
+        with_condition, without = answers.chunk(2)
         return without + guidance * (with_condition - without)
+
+    def _split(self, output: Tensor, x_t: Tensor, alpha_bar: float) -> tuple[Tensor, Tensor]:
+        """(x_0, eps) of x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps as the network's output
+        says, x_0 held in [-1, 1] and eps made to fit it."""
+        signal, noise = math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
+        if self.prediction == "v":
+            x_0 = signal * x_t - noise * output
+        else:
+            x_0 = (x_t - noise * output) / signal
+        x_0 = x_0.clamp(-1, 1)
+        return x_0, (x_t - signal * x_0) / noise
 
     def timesteps(self, steps: int) -> Tensor:
         """(steps,) int64: evenly spaced from 0 to T-1; T-1 alone for one step."""
@@ -242,7 +269,7 @@ class Diffusion:
         posterior = make_posterior(alphas_cumprod)
         for i in reversed(range(steps)):
             t = int(timesteps[i])
-            x_0, _ = split(x, guess(x, t), float(alphas_cumprod[i]))
+            x_0, _ = guess(x, t, float(alphas_cumprod[i]))
             yield t, x, x_0
             if i > 0:
                 mean = float(posterior.mean_coef1[i]) * x_0 + float(posterior.mean_coef2[i]) * x
@@ -254,7 +281,7 @@ class Diffusion:
         for i in reversed(range(steps)):
             t = int(timesteps[i])
             alpha_bar = float(self._alphas_cumprod[t])
-            x_0, eps = split(x, guess(x, t), alpha_bar)
+            x_0, eps = guess(x, t, alpha_bar)
             yield t, x, x_0
             if i > 0:
                 alpha_bar_prev = float(self._alphas_cumprod[timesteps[i - 1]])
@@ -265,8 +292,9 @@ class Diffusion:
                     x = x + sigma * noise()
 
     def _dpm_solver(self, guess, x: Tensor, steps: int):
-        """Lu et al. 2022 algorithm 2 (2M), in x / sqrt(alpha_bar) = x_0 + sigma * eps, at noise levels
-        evenly spaced in log sigma, so in log-SNR, from SIGMA_MAX to the schedule's smallest."""
+        """Lu et al. 2022 algorithm 2 (2M), in x / sqrt(alpha_bar) = x_0 + sigma * eps, at noise
+        levels evenly spaced in log sigma, so in log-SNR, from SIGMA_MAX to the schedule's
+        smallest."""
         log_sigmas = (1 / self._alphas_cumprod - 1).log().numpy() / 2  # increasing in t
         start = min(math.log(SIGMA_MAX), log_sigmas[-1])
         levels = np.linspace(start, log_sigmas[0], steps)
@@ -276,19 +304,12 @@ class Diffusion:
         for i in range(steps):
             alpha_bar = 1 / (1 + math.exp(2 * levels[i]))
             x_t = y * math.sqrt(alpha_bar)
-            x_0, _ = split(x_t, guess(x_t, float(times[i])), alpha_bar)
+            x_0, _ = guess(x_t, float(times[i]), alpha_bar)
             yield float(times[i]), x_t, x_0
             if i < steps - 1:
-                # Second order: extrapolate x_0 to the middle of the step; levels are equally spaced.
+                # Second order: extrapolate x_0 to the middle of the step; levels are equally
+                # spaced.
                 direction = x_0 if x_0_before is None else 1.5 * x_0 - 0.5 * x_0_before
                 shrink = math.exp(levels[i + 1] - levels[i])
                 y = shrink * y + (1 - shrink) * direction
                 x_0_before = x_0
-
-
-def split(x_t: Tensor, eps: Tensor, alpha_bar: float) -> tuple[Tensor, Tensor]:
-    """(x_0, eps) of x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps, x_0 held in [-1, 1] and eps
-    made to fit it."""
-    x_0 = (x_t - math.sqrt(1 - alpha_bar) * eps) / math.sqrt(alpha_bar)
-    x_0 = x_0.clamp(-1, 1)
-    return x_0, (x_t - math.sqrt(alpha_bar) * x_0) / math.sqrt(1 - alpha_bar)

@@ -34,6 +34,7 @@ class EMA:
         return {"model": self.model.state_dict(), "num_updates": self.num_updates}
 
     def load_state_dict(self, state: dict) -> None:
-        """Take up an average where it was saved. Raises RuntimeError where the weights do not fit."""
+        """Take up an average where it was saved. Raises RuntimeError where the weights do not
+        fit."""
         self.model.load_state_dict(state["model"])
         self.num_updates = state["num_updates"]

@@ -23,13 +23,15 @@ def say(text: str) -> None:
 class RunLog:
     """A run's numbers and pictures: TensorBoard in its folder, loss.png, and lines for a terminal.
 
-    history: [(step, loss)], which belongs in the checkpoint so that loss.png shows the whole run."""
+    history: [(step, loss)], which belongs in the checkpoint so that loss.png shows the whole
+    run."""
 
     def __init__(self, folder: Path, step: int, history: list[list[float]]):
         from torch.utils.tensorboard import SummaryWriter  # slow to import, not needed to read
 
         self.folder, self.history = folder, history
-        # TensorBoard drops what an interrupted run logged after the step that this one goes on from.
+        # TensorBoard drops what an interrupted run logged after the step that this one goes on
+        # from.
         self.writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from errors import DivergedError, Interrupted, ResourceError, UsageError
@@ -19,9 +20,9 @@ from utils import disk_error, free_bytes, remove_leftovers, sync_folder
 class StopSignals:
     """SIGTERM and Ctrl-C while a run is on: the first one asks it to stop, the second ends it now.
 
-    As a context manager it takes the handlers over, and gives them back at the end. Until `deferred`
-    is set a signal raises Interrupted where it finds the program; from then on it only sets
-    `received`, for the loop to look at between steps."""
+    As a context manager it takes the handlers over, and gives them back at the end. Until
+    `deferred` is set a signal raises Interrupted where it finds the program; from then on it only
+    sets `received`, for the loop to look at between steps."""
 
     def __init__(self):
         self.received = 0
@@ -46,9 +47,22 @@ class StopSignals:
             raise Interrupted(number)
 
 
+def agreed_stop(stop: StopSignals, accelerator: Accelerator, step: int) -> int:
+    """The signal that all processes stop for after this step, or 0. Several processes compare notes
+    every tenth step only, since that makes them wait for the device."""
+    if accelerator.num_processes == 1:
+        return stop.received
+    if step % 10:
+        return 0
+    received = torch.tensor(stop.received, device=accelerator.device)
+    torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX)
+    return int(received)
+
+
 @contextlib.contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """One run per folder. The kernel drops the lock with the process, so a crash leaves none behind.
+    """One run per folder. The kernel drops the lock with the process, so a crash leaves none
+    behind.
 
     Raises UsageError, with the pid of the run that holds it."""
     try:

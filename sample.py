@@ -6,8 +6,9 @@ python sample.py --sampler ddpm --steps 1000 --out way.gif    # from noise to fa
 python sample.py --num_images 5000 --out faces                # single pictures in a folder
 """
 
+import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,11 +19,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 import cli
-from diffusion import Diffusion, image_generators
+from dataset import parse_attributes, sheet_rows
+from diffusion import Diffusion, draw_noise, image_generators
 from errors import CheckpointError, UsageError
 from log import say
 from unet import UNet
-from utils import find_checkpoint, image_grid, load_checkpoint, plain_keys, save_image, to_uint8
+from utils import (
+    find_checkpoint,
+    image_grid,
+    keep_freed_memory,
+    load_checkpoint,
+    plain_keys,
+    save_image,
+    to_uint8,
+)
 
 GIF_FRAMES = 40  # at most, in the way from noise to faces
 
@@ -38,6 +48,12 @@ class Sample:
     eta: float = 0.0  # noise that ddim adds: 0 none, 1 as much as ddpm
     seed: int = 0  # picture i depends on (seed, i) alone
     batch_size: int = 64  # pictures drawn at a time
+    condition: tuple[str, ...] = ()  # attributes asked for: Smiling=1 Male=-1 (Smiling alone: =1)
+    guidance: float = 1.0  # how strongly they are followed: 1 as learned, 2 to 4 more so
+    sheet: bool = False  # a row for each attribute on and off, num_images columns of the same noise
+    interpolate: tuple[
+        int, ...
+    ] = ()  # numbers of two pictures: num_images faces from one to the other
     raw: bool = False  # draw from the weights as trained, not from their average (EMA)
     out: str = "samples.png"  # .png: one grid; .gif: the way from noise to faces; else a folder
 
@@ -57,6 +73,11 @@ class Trained:
     def img_size(self) -> int:
         """Pixels of a side."""
         return self.settings["img_size"]
+
+    @property
+    def attributes(self) -> tuple[str, ...]:
+        """The attributes that faces can be asked for by; empty for an unconditional network."""
+        return tuple(self.settings["attributes"])
 
 
 def load_trained(checkpoint: str | Path | None, raw: bool = False, device: str = "") -> Trained:
@@ -85,25 +106,30 @@ def load_trained(checkpoint: str | Path | None, raw: bool = False, device: str =
 
 def generate(
     trained: Trained,
-    num_images: int,
+    numbers: Sequence[int],
     seed: int = 0,
     batch_size: int = 64,
-    first: int = 0,
+    attributes: Tensor | None = None,
+    x_T: Tensor | None = None,
     **options,
 ) -> Iterator[Tensor]:
-    """Draw pictures first ... num_images - 1, a batch at a time: yields (b, 3, H, W) in [-1, 1].
+    """Draw the pictures of these numbers, a batch at a time: yields (b, 3, H, W) in [-1, 1].
 
-    Picture i is the same whatever the batch size. options: `Diffusion.sample_loop`'s."""
-    size = trained.img_size
-    for start in range(first, num_images, batch_size):
-        indices = range(start, min(start + batch_size, num_images))
-        with torch.autocast(
-            trained.diffusion.device.type, trained.dtype, trained.dtype is not None
-        ):
+    Picture i depends on (seed, i) alone, whatever the batch. attributes: (N, K), or (1, K) for all;
+    x_T: (N, 3, H, W), the noise to start from; options: `Diffusion.sample_loop`'s."""
+    size, device = trained.img_size, trained.diffusion.device
+    if attributes is not None:
+        attributes = attributes.to(device).expand(len(numbers), -1)
+    for start in range(0, len(numbers), batch_size):
+        part = slice(start, start + batch_size)
+        noise = image_generators(seed, numbers[part])
+        with torch.autocast(device.type, trained.dtype, enabled=trained.dtype is not None):
             yield trained.diffusion.sample(
                 trained.model,
-                (len(indices), 3, size, size),
-                generator=image_generators(seed, indices),
+                (len(noise), 3, size, size),
+                generator=noise,
+                attributes=None if attributes is None else attributes[part],
+                x_T=None if x_T is None else x_T[part],
                 **options,
             )
 
@@ -111,65 +137,132 @@ def generate(
 def draw_way(trained: Trained, num_images: int, seed: int, **options) -> list[Image.Image]:
     """The way from noise to faces: grids of x_t at up to GIF_FRAMES steps, and of the faces."""
     shape = (num_images, 3, trained.img_size, trained.img_size)
+    if (attributes := options.pop("attributes", None)) is not None:
+        options["attributes"] = attributes.to(trained.diffusion.device).expand(num_images, -1)
     noise = image_generators(seed, range(num_images))
+    loop = trained.diffusion.sample_loop(trained.model, shape, generator=noise, **options)
     every = max(1, options["steps"] // GIF_FRAMES)
     frames = []
-    loop = trained.diffusion.sample_loop(trained.model, shape, generator=noise, **options)
-    for i, (_, x_t, x_0) in enumerate(
-        tqdm(loop, total=options["steps"], unit="step", disable=None)
-    ):
+    for i, (_, x_t, x_0) in enumerate(tqdm(loop, "drawing", options["steps"], disable=None)):
         if i % every == 0:
             frames.append(image_grid(x_t))
-    return [*frames, image_grid(x_0)]
+        faces = x_0
+    return [*frames, image_grid(faces)]
 
 
-def check(wish: Sample, num_timesteps: int) -> None:
-    """Raise UsageError, naming the flag, for what cannot be."""
+def between(trained: Trained, ends: Sequence[int], count: int, seed: int) -> Tensor:
+    """(count, 3, H, W) of noise from that of one picture to that of another, on the great circle,
+    so that what lies between is as long as noise is (Song et al. 2020, eq. 67)."""
+    shape = (2, 3, trained.img_size, trained.img_size)
+    a, b = draw_noise(shape, image_generators(seed, ends), "cpu").flatten(1)
+    angle = torch.acos(torch.dot(a, b) / (a.norm() * b.norm()))
+    share = torch.linspace(0, 1, count)[:, None]
+    if float(angle) == 0:  # twice the same picture
+        return a.expand(count, -1).reshape(count, *shape[1:])
+    noise = (torch.sin((1 - share) * angle) * a + torch.sin(share * angle) * b) / torch.sin(angle)
+    return noise.reshape(count, *shape[1:])
 
-    def check_one(good: bool, name: str, allowed: str) -> None:
+
+def check_flags(wish: Sample) -> None:
+    """Raise UsageError, naming the flag, for what cannot be, whatever the checkpoint."""
+
+    def check(good: bool, name: str, allowed: str) -> None:
         if not good:
             raise UsageError(f"--{name}", f"is {getattr(wish, name)!r}", f"give {allowed}")
 
     for name in ("num_images", "steps", "batch_size"):
-        check_one(getattr(wish, name) >= 1, name, "a whole number from 1")
-    check_one(wish.seed >= 0, "seed", "a whole number from 0")
-    check_one(0 <= wish.eta <= 1, "eta", "a number from 0 to 1")
-    check_one(wish.eta == 0 or wish.sampler == "ddim", "eta", "0, or --sampler ddim")
-    if wish.sampler != "dpm++":
-        check_one(
-            wish.steps <= num_timesteps, "steps", f"at most {num_timesteps} for {wish.sampler}"
+        check(getattr(wish, name) >= 1, name, "a whole number from 1")
+    check(wish.seed >= 0, "seed", "a whole number from 0")
+    check(0 <= wish.eta <= 1, "eta", "a number from 0 to 1")
+    check(wish.eta == 0 or wish.sampler == "ddim", "eta", "0, or --sampler ddim")
+    check(0 <= wish.guidance < math.inf, "guidance", "a number from 0, such as 2")
+    suffix = Path(wish.out).suffix
+    check(suffix in ("", ".png", ".gif"), "out", "a name ending in .png or .gif, or a folder")
+    check(not wish.sheet or suffix == ".png", "out", "a name ending in .png, as --sheet is a grid")
+    if wish.interpolate:
+        pair = len(wish.interpolate) == 2 and min(wish.interpolate) >= 0
+        check(pair, "interpolate", "the numbers of two pictures, such as 3 8")
+        check(not wish.sheet, "sheet", "either --sheet or --interpolate")
+        same = wish.sampler != "ddpm" and wish.eta == 0
+        check(
+            same, "sampler", "ddim or dpm++ without --eta, which draw the same from the same noise"
         )
-    endings = ("", ".png", ".gif")
-    check_one(Path(wish.out).suffix in endings, "out", "a name ending in .png or .gif, or a folder")
+
+
+def read_condition(wish: Sample, trained: Trained) -> Tensor | None:
+    """(1, K) of 1, -1 and 0: what is asked for, or None of an unconditional network. Raises
+    UsageError for what the network has not learned."""
+    asked, names = parse_attributes(wish.condition, "--condition"), trained.attributes
+    for flag, given in (("--condition", asked), ("--sheet", wish.sheet)):
+        if given and not names:
+            what = f"{trained.path} was trained without attributes"
+            raise UsageError(flag, what, "train with --attributes, or take another checkpoint")
+    unknown = [name for name in asked if name not in names]
+    if unknown:
+        what = f"{trained.path} has not learned {', '.join(unknown)}"
+        raise UsageError("--condition", what, f"choose of {', '.join(names)}")
+    if wish.guidance != 1 and not any(asked.values()) and not wish.sheet:
+        raise UsageError("--guidance", "nothing is asked for", "add --condition, or --sheet")
+    if not names:
+        return None
+    return torch.tensor([[float(asked.get(name, 0)) for name in names]])
 
 
 def sample(wish: Sample) -> Path:
-    """Draw and save what is wished. Returns where it lies."""
-    check(wish, num_timesteps=sys.maxsize)
+    """Draw and save what is wished. Returns where it lies. Raises UserError."""
+    check_flags(wish)
+    keep_freed_memory()
     trained = load_trained(wish.checkpoint or None, wish.raw)
-    check(wish, trained.diffusion.num_timesteps)
+    if wish.sampler != "dpm++" and wish.steps > trained.diffusion.num_timesteps:
+        fix = f"give at most {trained.diffusion.num_timesteps} for {wish.sampler}"
+        raise UsageError("--steps", f"is {wish.steps}", fix)
+    options = dict(sampler=wish.sampler, steps=wish.steps, eta=wish.eta, guidance=wish.guidance)
+    options["attributes"] = asked = read_condition(wish, trained)
     out = Path(wish.out)
-    options = dict(sampler=wish.sampler, steps=wish.steps, eta=wish.eta)
+    if out.suffix == ".gif" and not wish.interpolate:
+        save_gif(draw_way(trained, wish.num_images, wish.seed, **options), out)
+        return done(wish, trained)
+
+    # What is drawn, and how it is laid out.
+    numbers, columns, labels = list(range(wish.num_images)), 0, ()
+    if wish.sheet:
+        columns = wish.num_images
+        labels, rows = sheet_rows(trained.attributes)
+        rows = torch.where(rows == 0, asked, rows)  # what --condition says holds in every row
+        options["attributes"] = rows.repeat_interleave(columns, dim=0)
+        numbers = numbers * len(labels)
+    if wish.interpolate:
+        columns = wish.num_images
+        options["x_T"] = between(trained, wish.interpolate, wish.num_images, wish.seed)
+
+    kept, count = [], 0
+    with tqdm(total=len(numbers), unit="image", disable=None) as bar:
+        for images in generate(trained, numbers, wish.seed, wish.batch_size, **options):
+            if out.suffix:
+                kept.append(images.cpu())
+            else:
+                for i, pixels in enumerate(to_uint8(images).permute(0, 2, 3, 1).numpy(), count):
+                    save_image(Image.fromarray(pixels), out / f"{i:06d}.png")
+            count += len(images)
+            bar.update(len(images))
     if out.suffix == ".gif":
-        first, *rest = draw_way(trained, wish.num_images, wish.seed, **options)
-        pauses = [80] * len(rest) + [2000]  # milliseconds
-        save_image(first, out, save_all=True, append_images=rest, duration=pauses, loop=0)
-    else:
-        kept, done = [], 0
-        batches = generate(trained, wish.num_images, wish.seed, wish.batch_size, **options)
-        with tqdm(total=wish.num_images, unit="image", disable=None) as bar:
-            for images in batches:
-                if out.suffix == ".png":
-                    kept.append(images.cpu())
-                else:
-                    for i, pixels in enumerate(to_uint8(images).permute(0, 2, 3, 1).numpy(), done):
-                        save_image(Image.fromarray(pixels), out / f"{i:06d}.png")
-                done += len(images)
-                bar.update(len(images))
-        if kept:
-            save_image(image_grid(torch.cat(kept)), out)
-    say(f"{wish.num_images} faces of {trained.path} in {out}")
-    return out
+        save_gif([image_grid(image[None]) for image in torch.cat(kept)], out)
+    elif kept:
+        save_image(image_grid(torch.cat(kept), columns, labels), out)
+    return done(wish, trained)
+
+
+def save_gif(frames: list[Image.Image], path: Path) -> None:
+    """Save frames as an animation that rests on the last one."""
+    first, *rest = frames
+    pauses = [80] * len(rest) + [2000]  # milliseconds
+    save_image(first, path, save_all=True, append_images=rest, duration=pauses, loop=0)
+
+
+def done(wish: Sample, trained: Trained) -> Path:
+    """Say what lies where."""
+    say(f"faces of {trained.path} in {wish.out}")
+    return Path(wish.out)
 
 
 def main() -> None:

@@ -50,7 +50,8 @@ class State:
         }
 
     def load_state_dict(self, saved: dict, path: Path) -> None:
-        """Take up the state that `path` held. Raises CheckpointError where something does not fit."""
+        """Take up the state that `path` held. Raises CheckpointError where something does not
+        fit."""
         try:
             self.model.load_state_dict(plain_keys(saved["model"]))
             ema = saved["ema"]
@@ -70,14 +71,47 @@ class State:
             raise CheckpointError(path, what, fix) from error
 
 
+def make_state(config, device: torch.device, fp16: bool) -> State:
+    """The network, its average, the optimiser and the loss scale, as they are before the first
+    step."""
+    torch.manual_seed(config.seed)
+    model = UNet(**unet_arguments(config)).to(device)
+    # Outside fp16 the scale is 1 and stays 1: it only keeps a gradient that is not finite from the
+    # weights, without waiting for the GPU to tell.
+    scaler = torch.amp.GradScaler(
+        device.type,
+        init_scale=2.0**16 if fp16 else 1.0,
+        growth_interval=2000 if fp16 else 2**31 - 1,
+    )
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=config.learning_rate, weight_decay=0.0, fused=True
+    )
+    return State(model, EMA(model, config.ema_decay), optimizer, scaler)
+
+
+def diffusion_arguments(config) -> dict:
+    """What `Diffusion(**...)` needs to be built again."""
+    names = ("num_timesteps", "noise_schedule", "prediction")
+    return {name: getattr(config, name) for name in names}
+
+
+def unet_arguments(config) -> dict:
+    """What `UNet(**...)` needs to be built again."""
+    names = ["img_size", "channels", "channel_mults", "num_res_blocks"]
+    names += ["attn_resolutions", "head_dim", "dropout"]
+    arguments = {name: getattr(config, name) for name in names}
+    return arguments | {"num_attributes": len(config.attributes)}
+
+
 def take_up(state: State, folder: Path, about: dict, resume: bool) -> None:
     """Load the newest good checkpoint of `folder` into `state`, where the run is to be resumed and
     there is one.
 
     about: "settings", "unet" and "diffusion" of this run, as the checkpoint holds them. Raises
-    UsageError where a new run would fall into the folder of another, or where the settings differ in
-    what may not change: it lists both values of each; CheckpointError where no checkpoint is good or
-    it holds another network."""
+    UsageError where a new run would fall into the folder of another, or where the settings differ
+    in
+    what may not change: it lists both values of each; CheckpointError where no checkpoint is good
+    or it holds another network."""
     if not resume:
         if list_checkpoints(folder):
             what = f"{folder} already holds the checkpoints of a run"

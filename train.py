@@ -20,17 +20,17 @@ from typing import Literal
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
+from PIL import Image
 from torch import Tensor
 
 import cli
-from dataset import Batches, load_faces
+from dataset import Batches, load_faces, sheet_rows
 from diffusion import Diffusion, image_generators
-from ema import EMA
 from errors import Interrupted, UsageError
 from log import Progress, RunLog, say
-from safety import StopSignals, Watch, lock_folder, preflight
-from state import State, take_up
-from unet import UNet, default_channel_mults
+from safety import StopSignals, Watch, agreed_stop, lock_folder, preflight
+from state import diffusion_arguments, make_state, take_up, unet_arguments
+from unet import default_channel_mults
 from utils import (
     checkpoint_path,
     image_grid,
@@ -54,6 +54,8 @@ class Config:
     # The data
     img_size: int = 64  # pixels of a side: 32, 64, 128, 192, 256
     only: tuple[str, ...] = ()  # train on the faces with these attributes: Smiling Male=-1
+    attributes: tuple[str, ...] = ()  # learn to draw faces by these: Smiling Male Eyeglasses
+    attribute_dropout: float = 0.1  # share of faces shown without them, as many with some of them
     # The network
     channels: int = 128  # channels of the first stage
     channel_mults: tuple[int, ...] = ()  # times `channels`, for each stage; empty: by img_size
@@ -64,6 +66,7 @@ class Config:
     # The diffusion
     num_timesteps: int = 1000  # T, the steps of the forward process
     noise_schedule: Literal["linear", "cosine"] = "cosine"  # how the noise grows with t
+    prediction: Literal["eps", "v"] = "eps"  # what the network answers; v for short runs
     # The training
     num_training_steps: int = 500_000  # optimiser updates in the whole run
     batch_size: int = 128  # faces in a forward pass on each device
@@ -91,19 +94,23 @@ DEMO = dict(
     experiment_name="demo",
     path_to_data="drawn",
     img_size=32,
-    channels=32,
+    channels=48,
     channel_mults=(1, 2, 2),
+    num_res_blocks=1,
+    attn_resolutions=(8,),
+    head_dim=48,
     dropout=0.0,
-    num_training_steps=1500,
-    batch_size=64,
-    learning_rate=1e-3,
+    prediction="v",
+    num_training_steps=2400,
+    batch_size=32,
+    learning_rate=8e-4,
     lr_schedule="cosine",
     warmup_steps=100,
     ema_decay=0.995,
     mixed_precision="bf16",
     log_every=50,
-    sample_every=250,
-    save_every=250,
+    sample_every=400,
+    save_every=400,
 )
 
 
@@ -125,6 +132,9 @@ def check_config(config: Config) -> None:
     check(0 < config.max_grad_norm < math.inf, "max_grad_norm", "a number above 0, such as 1")
     check(0 <= config.ema_decay < 1, "ema_decay", "a number from 0 to below 1")
     check(0 <= config.dropout < 1, "dropout", "a number from 0 to below 1")
+    check(0 <= config.attribute_dropout <= 0.5, "attribute_dropout", "a number from 0 to 0.5")
+    unique = len(set(config.attributes)) == len(config.attributes)
+    check(unique, "attributes", "each name once")
     check(
         config.channels >= 4 and config.channels % 4 == 0, "channels", "a multiple of 4, such as 64"
     )
@@ -166,33 +176,14 @@ def autocast_dtype(config: Config, device: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else None
 
 
-def make_state(config: Config, device: torch.device, fp16: bool) -> State:
-    """The network, its average, the optimiser and the loss scale, as they are before the first step."""
-    torch.manual_seed(config.seed)
-    model = UNet(**unet_arguments(config)).to(device)
-    # Outside fp16 the scale is 1 and stays 1: it only keeps a gradient that is not finite from the
-    # weights, without waiting for the GPU to tell.
-    scaler = torch.amp.GradScaler(
-        device.type,
-        init_scale=2.0**16 if fp16 else 1.0,
-        growth_interval=2000 if fp16 else 2**31 - 1,
-    )
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.learning_rate, weight_decay=0.0, fused=True
-    )
-    return State(model, EMA(model, config.ema_decay), optimizer, scaler)
-
-
-def diffusion_arguments(config: Config) -> dict:
-    """What `Diffusion(**...)` needs to be built again."""
-    return {"num_timesteps": config.num_timesteps, "noise_schedule": config.noise_schedule}
-
-
-def unet_arguments(config: Config) -> dict:
-    """What `UNet(**...)` needs to be built again."""
-    names = ["img_size", "channels", "channel_mults", "num_res_blocks"]
-    names += ["attn_resolutions", "head_dim", "dropout"]
-    return {name: getattr(config, name) for name in names}
+def drop_attributes(attributes: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    """Attributes with some of them set to 0, not said: all of a `share` of the faces (Ho and
+    Salimans 2022), and of as many again each one by a coin toss, so that any of them can be asked
+    for by itself. attributes: (B, K)."""
+    options = dict(generator=generator, device=attributes.device)
+    face = torch.rand(len(attributes), 1, **options)
+    coin = torch.rand(attributes.shape, **options) < 0.5
+    return attributes * ((face >= 2 * share) | ((face >= share) & coin))
 
 
 def train_step(config, state, diffusion, batches, forward, dtype, rank=0) -> tuple[Tensor, Tensor]:
@@ -203,16 +194,17 @@ def train_step(config, state, diffusion, batches, forward, dtype, rank=0) -> tup
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(config, state.step)
 
-    # Gather the gradients of the micro-batches. Dropout and noise are seeded anew in each.
+    # Gather the gradients of the micro-batches, each seeded anew.
     generator = torch.Generator(diffusion.device)
     accumulation = config.gradient_accumulation_steps
     total = torch.zeros((), device=diffusion.device)
     for micro in range(accumulation):
         index = state.step * accumulation + micro
-        seed = seed_of(config.seed, index, rank)
-        torch.manual_seed(seed)
-        generator.manual_seed(seed)
+        torch.manual_seed(seed_of(config.seed, index, rank, 1))  # dropout
+        generator.manual_seed(seed_of(config.seed, index, rank, 2))  # timesteps, noise
         x_0, attributes = batches(index)
+        if attributes is not None:
+            attributes = drop_attributes(attributes, config.attribute_dropout, generator)
         # Processes exchange gradients once an update, with the last micro-batch.
         wait = micro < accumulation - 1 and hasattr(forward, "no_sync")
         with forward.no_sync() if wait else nullcontext():
@@ -233,34 +225,41 @@ def train_step(config, state, diffusion, batches, forward, dtype, rank=0) -> tup
     return total, grad_norm
 
 
-def draw_samples(config, model, diffusion, dtype, stop, count, steps) -> Tensor | None:
-    """(count, 3, H, W) in [-1, 1], from always the same noise, in `sample.py`'s default sampler; None
-    where a signal came in between."""
-    shape = (count, 3, config.img_size, config.img_size)
-    noise = image_generators(config.seed, range(count))
+def draw_samples(config, model, diffusion, dtype, stop, steps=20) -> Image.Image | None:
+    """A grid of faces, from always the same noise and in `sample.py`'s default sampler; of a
+    network that knows attributes a sheet that asks for each of them. None where a signal came in
+    between."""
+    rows, columns, labels, attributes = 1, config.num_samples, (), None
+    if config.attributes:
+        labels, asked = sheet_rows(config.attributes)
+        rows, columns = len(labels), max(1, config.num_samples // len(labels))
+        attributes = asked.repeat_interleave(columns, dim=0).to(diffusion.device)
+    shape = (rows * columns, 3, config.img_size, config.img_size)
+    noise = image_generators(config.seed, list(range(columns)) * rows)
+    options = dict(steps=steps, generator=noise, attributes=attributes)
     with torch.autocast(diffusion.device.type, dtype, enabled=dtype is not None):
-        for _, _, faces in diffusion.sample_loop(model, shape, steps=steps, generator=noise):
+        for _, _, x_0 in diffusion.sample_loop(model, shape, **options):
+            faces = x_0
             if stop.received:
                 return None
-    return faces
+    return image_grid(faces, columns if labels else 0, labels)
 
 
-def agreed_stop(stop: StopSignals, accelerator: Accelerator, step: int) -> int:
-    """The signal that all processes stop for after this step, or 0. Several processes compare notes
-    every tenth step only, since that makes them wait for the device."""
-    if accelerator.num_processes == 1:
-        return stop.received
-    if step % 10:
-        return 0
-    received = torch.tensor(stop.received, device=accelerator.device)
-    torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX)
-    return int(received)
+def describe(config, faces, model, accelerator, dtype) -> None:
+    """Say what is trained on what, before it begins."""
+    used, device = str(dtype or torch.float32).removeprefix("torch."), accelerator.device.type
+    if config.mixed_precision == "fp16" and dtype != torch.float16:
+        say(f"note: fp16 needs a CUDA GPU; training in {used} on the {device}")
+    weights = sum(p.numel() for p in model.parameters()) / 1e6
+    say(faces.description)
+    say(f"{weights:.1f} M weights in {used} on {accelerator.num_processes} x {device}")
 
 
 def train(config: Config) -> Path:
     """Train as `config` says. Returns the experiment's folder; the README tells what lies there.
 
-    Raises UserError, by kind, for what the user can mend; Interrupted after a signal, when saved."""
+    Raises UserError, by kind, for what the user can mend; Interrupted after a signal, when
+    saved."""
     check_config(config)
     keep_freed_memory()
     folder = Path(config.experiment_name)
@@ -270,9 +269,9 @@ def train(config: Config) -> Path:
     with StopSignals() as stop, lock_folder(folder) if is_main else nullcontext():
         # The faces, the network, and where the run stood.
         with accelerator.main_process_first():
-            faces = load_faces(config.path_to_data, config.img_size, config.only)
+            faces = load_faces(config.path_to_data, config.img_size, config.only, config.attributes)
         batches = Batches(faces, config.batch_size, config.seed, rank, world_size, device)
-        diffusion = Diffusion(config.num_timesteps, config.noise_schedule, device)
+        diffusion = Diffusion(**diffusion_arguments(config), device=device)
         dtype = autocast_dtype(config, device)
         state = make_state(config, device, fp16=dtype == torch.float16)
         run = {"world_size": world_size, "faces": faces.fingerprint}
@@ -286,21 +285,15 @@ def train(config: Config) -> Path:
         def save(path: Path) -> None:
             save_checkpoint(path, about | state.state_dict())
 
-        def draw(count: int, steps: int = 20) -> Tensor | None:
-            return draw_samples(config, state.ema.model, diffusion, dtype, stop, count, steps)
+        def draw(config: Config = config, steps: int = 20) -> Image.Image | None:
+            return draw_samples(config, state.ema.model, diffusion, dtype, stop, steps)
 
         # Find out now what would fail later.
-        weights = sum(p.numel() for p in state.model.parameters())
         if is_main:
-            used = str(dtype or torch.float32).removeprefix("torch.")
-            if config.mixed_precision == "fp16" and dtype != torch.float16:
-                say(f"note: fp16 needs a CUDA GPU; training in {used} on the {device.type}")
-            say(
-                f"{faces.description}; {weights / 1e6:.1f} M weights on {world_size} x {device.type}"
-                f" in {used}"
-            )
-            needed = (config.keep_checkpoints + 1) * weights * 16  # weights, EMA, two of Adam's
-            preflight(folder, needed, sample=lambda: draw(1, steps=1), save=save)
+            describe(config, faces, state.model, accelerator, dtype)
+            weights = sum(p.nbytes for p in state.model.parameters())
+            needed = (config.keep_checkpoints + 1) * weights * 4  # weights, EMA, two of Adam's
+            preflight(folder, needed, lambda: draw(replace(config, num_samples=1), steps=1), save)
             save_json(folder / "config.json", asdict(config))
 
         forward = accelerator.prepare_model(state.model)
@@ -337,9 +330,9 @@ def train(config: Config) -> Path:
                     raise Interrupted(stopping)
 
                 if log and (step % config.sample_every == 0 or last):
-                    samples = draw(config.num_samples)
-                    if samples is not None:
-                        log.images(step, image_grid(samples))
+                    grid = draw()
+                    if grid is not None:
+                        log.images(step, grid)
                 if saving or step % config.sample_every == 0:
                     progress.restart()  # the clock counts training only
     return folder

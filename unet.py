@@ -1,12 +1,13 @@
 """The network of DDPM: a U-Net that guesses the noise in a picture (Ho et al. 2020, appendix B).
 
-    x_t (B, 3, H, W) -> conv_in -> down stages -> middle -> up stages -> conv_out -> eps (B, 3, H, W)
+    x_t (B, 3, H, W) -> conv_in -> down stages -> middle -> up stages -> conv_out -> eps (B, 3, H,
+    W)
 
 Each down stage holds `num_res_blocks` residual blocks, each followed by attention where the stage's
 resolution is one of `attn_resolutions`, then halves the picture (not the last stage). Each up stage
-holds one block more, takes one skip connection into each by concatenation, then doubles the picture.
-The time t enters every residual block through a sinusoidal embedding and a small MLP. The same maths
-as diffusers' `UNet2DModel`, so weights can move both ways (tests/test_unet.py does).
+holds one block more, takes one skip connection into each by concatenation, then doubles the
+picture. The time t enters every residual block through a sinusoidal embedding and a small MLP. The
+same maths as diffusers' `UNet2DModel`, so weights can move both ways (tests/test_unet.py does).
 """
 
 import math
@@ -124,7 +125,8 @@ class Upsample(nn.Module):
 
 
 class Stage(nn.Module):
-    """Residual blocks at one resolution, each with attention or none, and the way to the next one."""
+    """Residual blocks at one resolution, each with attention or none, and the way to the next
+    one."""
 
     def __init__(
         self, blocks: list[ResidualBlock], attentions: list[nn.Module], resample: nn.Module
@@ -211,7 +213,8 @@ class UNet(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x_t: Tensor, t: Tensor, attributes: Tensor | None = None) -> Tensor:
-        """x_t: (B, 3, H, W); t: (B,) in [0, T); attributes: (B, K) of 1, -1, 0. Returns eps, x_t's shape."""
+        """x_t: (B, 3, H, W); t: (B,) in [0, T); attributes: (B, K) of 1, -1, 0. Returns eps, x_t's
+        shape."""
         emb = self.time_mlp(sinusoidal_embedding(t, self.channels).to(x_t.dtype))
         if attributes is not None:
             emb = emb + self.attribute_map(attributes)

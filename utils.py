@@ -16,12 +16,12 @@ import re
 import shutil
 import sys
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.utils import make_grid
 
@@ -38,8 +38,9 @@ def seed_of(*numbers: int) -> int:
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep large blocks that are freed, for the next use. As it is, each tensor of
-    a step is given back to the system and handed out anew page by page, a tenth of a CPU's step."""
+    """Let the C library keep large blocks that are freed, for the next use. As it is, each tensor
+    of a step is given back to the system and handed out anew page by page, a tenth of a CPU's
+    step."""
     with contextlib.suppress(OSError, AttributeError):  # another system or C library
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no block of its own for a large tensor
@@ -129,12 +130,12 @@ def tensors_in(state: object, name: str = "") -> Iterable[tuple[str, Tensor]]:
 def save_checkpoint(path: Path, state: dict) -> None:
     """Write a checkpoint that is whole or not there.
 
-    state: nested dictionaries of tensors and plain values. Raises DivergedError where a number in it
-    is not finite, ResourceError where the disk refuses, CheckpointError where the file would not
+    state: nested dictionaries of tensors and plain values. Raises DivergedError where a number in
+    it is not finite, ResourceError where the disk refuses, CheckpointError where the file would not
     load again; in each case the files already there are as they were."""
     for name, tensor in tensors_in(state):
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            fix = "resume from the last checkpoint with a lower --learning_rate or --mixed_precision bf16"
+            fix = "--resume from the last checkpoint in --mixed_precision bf16"
             raise DivergedError(name, "is not finite, so nothing was saved", fix)
     path = Path(path)
 
@@ -157,7 +158,8 @@ def save_checkpoint(path: Path, state: dict) -> None:
 
 
 def sign(path: Path) -> None:
-    """Append the SHA-256 of an archive to it, as the comment that the zip format allows at its end."""
+    """Append the SHA-256 of an archive to it, as the comment that the zip format allows at its
+    end."""
     with open(path, "rb+") as file:
         file.seek(-2, io.SEEK_END)  # the comment's length, 0 as torch.save writes it
         file.write(_COMMENT_BYTES.to_bytes(2, "little"))
@@ -243,8 +245,8 @@ def load_newest_checkpoint(folder: Path) -> tuple[Path, dict] | None:
 
 
 def find_checkpoint(path: str | Path | None) -> Path:
-    """The file meant by a checkpoint file, a run's folder (its newest), or None (the newest run under
-    the current folder). Raises CheckpointError where there is none."""
+    """The file meant by a checkpoint file, a run's folder (its newest), or None (the newest run
+    under the current folder). Raises CheckpointError where there is none."""
     if path is None:
         found = Path().glob("*/checkpoints/step_*.pt")
         newest = max(found, key=lambda p: (p.stat().st_mtime, p.name), default=None)
@@ -283,11 +285,23 @@ def to_uint8(images: Tensor) -> Tensor:
     return (images.float().clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8).cpu()
 
 
-def image_grid(images: Tensor, columns: int = 0) -> Image.Image:
-    """One picture of many. images: (N, 3, H, W) in [-1, 1]; columns: 0 for as square as can be."""
+def image_grid(images: Tensor, columns: int = 0, labels: Sequence[str] = ()) -> Image.Image:
+    """One picture of many. images: (N, 3, H, W) in [-1, 1]; columns: 0 for as square as can be;
+    labels: a text for each row, to the left of it."""
     columns = columns or math.ceil(math.sqrt(len(images)))
     grid = make_grid(to_uint8(images), nrow=columns, padding=2, pad_value=255)
-    return Image.fromarray(grid.permute(1, 2, 0).numpy())
+    picture = Image.fromarray(grid.permute(1, 2, 0).numpy())
+    if not labels:
+        return picture
+    height = images.shape[-2] + 2
+    font = ImageFont.load_default(size=max(9, min(16, height // 3)))
+    margin = 8 + math.ceil(max(font.getlength(label) for label in labels))
+    sheet = Image.new("RGB", (margin + picture.width, picture.height), "white")
+    sheet.paste(picture, (margin, 0))
+    draw = ImageDraw.Draw(sheet)
+    for row, label in enumerate(labels):
+        draw.text((margin - 4, (row + 0.5) * height), label, "black", font, anchor="rm")
+    return sheet
 
 
 def save_image(image: Image.Image, path: Path, **options) -> None:

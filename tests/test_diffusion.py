@@ -344,6 +344,51 @@ def test_noise_from_a_list_needs_one_generator_for_each_image():
         draw_noise((3, 1, 2, 2), image_generators(0, range(2)), "cpu")
 
 
+class Velocity(nn.Module):
+    """The same network as `Gaussian`, answering v."""
+
+    def __init__(self, diffusion):
+        super().__init__()
+        self.eps = Gaussian(diffusion)
+
+    def forward(self, x_t, t):
+        alphas = self.eps.diffusion._alphas_cumprod.numpy()
+        log_sigmas = np.log(1 / alphas - 1) / 2
+        alpha_bar = 1 / (1 + math.exp(2 * np.interp(float(t[0]), np.arange(1000), log_sigmas)))
+        eps = self.eps(x_t, t)
+        return (eps - math.sqrt(1 - alpha_bar) * x_t) / math.sqrt(alpha_bar)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_network_that_answers_v_draws_the_same_pictures(sampler):
+    d, d_v = make(), Diffusion(prediction="v", dtype=torch.float64)
+    pictures = [
+        each.sample(model, SHAPE, sampler=sampler, steps=9, generator=image_generators(0, (0, 1)))
+        for each, model in ((d, Gaussian(d)), (d_v, Velocity(d_v)))
+    ]
+    torch.testing.assert_close(*pictures, rtol=1e-5, atol=1e-5)
+
+
+def test_loss_of_v_equals_diffusers_velocity():
+    d, theirs = Diffusion(prediction="v", dtype=torch.float64), DDPMScheduler(1000)
+    theirs.alphas_cumprod = d.alphas_cumprod
+    x_0, seen = torch.rand(6, 3, 4, 4).double() * 2 - 1, {}
+
+    def model(x_t, t):
+        seen.update(x_t=x_t, t=t)
+        return torch.zeros_like(x_t)
+
+    loss = d.loss(model, x_0, torch.Generator().manual_seed(5))
+    alpha_bar = d.alphas_cumprod[seen["t"]].view(-1, 1, 1, 1)
+    eps = (seen["x_t"] - alpha_bar.sqrt() * x_0) / (1 - alpha_bar).sqrt()
+    torch.testing.assert_close(loss, theirs.get_velocity(x_0, eps, seen["t"]).square().mean())
+
+
+def test_unknown_prediction_is_refused():
+    with pytest.raises(ValueError, match="prediction"):
+        Diffusion(prediction="x_0")
+
+
 # Conditions --------------------------------------------------------------------------------------
 
 
@@ -362,7 +407,9 @@ class Conditional(nn.Module):
 @pytest.mark.parametrize("guidance, expected", [(1.0, 0.4), (0.0, 0.3), (3.0, 0.6)])
 def test_guidance_moves_from_the_unconditional_guess_through_the_conditional(guidance, expected):
     d, model = make(), Conditional()
-    eps = d._guess(model, torch.zeros(2, 3, 4, 4).double(), 5, torch.ones(2, 1).double(), guidance)
+    eps = d._evaluate(
+        model, torch.zeros(2, 3, 4, 4).double(), 5, torch.ones(2, 1).double(), guidance
+    )
     torch.testing.assert_close(eps, torch.full_like(eps, expected))
     assert model.calls == [2 if guidance == 1 else 4]
 

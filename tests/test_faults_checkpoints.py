@@ -1,5 +1,5 @@
-"""Faults around the checkpoint, by their number: a crash, a full disk or a flipped bit never costs the
-last good one, and nothing but whole, finite, plain weights is ever saved or loaded."""
+"""Faults around the checkpoint, by their number: a crash, a full disk or a flipped bit never costs
+the last good one, and nothing but whole, finite, plain weights is ever saved or loaded."""
 
 import builtins
 import errno
@@ -262,7 +262,9 @@ def test_row_16_empty_file_gives_way_to_the_one_before(run):
 def test_row_17_html_where_a_checkpoint_should_be(run):
     page = run.parent / "page.pt"
     page.write_text("<!DOCTYPE html><html>quota exceeded</html>" * 50)
-    assert_error(run_script("sample.py", "--checkpoint", str(page)), 4, "page.pt", "not a checkpoint")
+    assert_error(
+        run_script("sample.py", "--checkpoint", str(page)), 4, "page.pt", "not a checkpoint"
+    )
 
 
 def test_row_18_folder_where_a_file_is_meant(run):

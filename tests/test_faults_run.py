@@ -1,5 +1,6 @@
-"""Faults of a run, by their number: killed, stopped, diverged, without a terminal, of two processes.
-`=ref` in the table: weights, EMA, optimiser and scaler are those of an uninterrupted run, bit for bit."""
+"""Faults of a run, by their number: killed, stopped, diverged, without a terminal, of two
+processes. `=ref` in the table: weights, EMA, optimiser and scaler are those of an uninterrupted
+run, bit for bit."""
 
 import math
 import os
@@ -24,7 +25,7 @@ from dataset import Batches, load_faces
 from diffusion import Diffusion
 from ema import EMA
 from errors import DivergedError, Interrupted, UsageError
-from safety import StopSignals, Watch, lock_folder
+from safety import Watch, lock_folder
 from train import Config, train
 from utils import checkpoint_path, list_checkpoints, load_checkpoint
 
@@ -49,7 +50,8 @@ def assert_equal_runs(a: dict, b: dict) -> None:
 
 
 def in_child(work) -> int:
-    """Run `work` in a forked process; its exit code. Nothing of it outlives a kill but its files."""
+    """Run `work` in a forked process; its exit code. Nothing of it outlives a kill but its
+    files."""
     pid = os.fork()
     if pid == 0:
         code = 1
@@ -299,9 +301,7 @@ def test_row_30_one_infinite_gradient_under_a_loss_scale_skips_one_step(
 
 def test_row_31_twenty_skipped_steps_in_a_row_stop_the_run(here, monkeypatch, fp16_patience):
     with pytest.raises(DivergedError, match="20 updates in a row"):
-        run_poisoned(
-            monkeypatch, Explode.apply, range(3, 23), num_training_steps=60, save_every=23
-        )
+        run_poisoned(monkeypatch, Explode.apply, range(3, 23), num_training_steps=60, save_every=23)
     assert not list_checkpoints(here / "run")
 
 
@@ -321,7 +321,9 @@ def test_row_33_infinite_gradient_without_a_loss_scale_stops_before_the_step(her
 
 
 def test_row_29_exit_code_of_a_real_process(here):
-    script = "import sys, math; sys.path.insert(0, {!r}); import train, cli, diffusion\n".format(str(ROOT))
+    script = "import sys, math; sys.path.insert(0, {!r}); import train, cli, diffusion\n".format(
+        str(ROOT)
+    )
     script += "real = diffusion.Diffusion.loss\n"
     script += "diffusion.Diffusion.loss = lambda *a: real(*a) * math.nan\ncli.run(train.main)"
     Path("poisoned.py").write_text(script)
@@ -352,7 +354,7 @@ PLACES = {
     "a step": (Diffusion, "loss", 2),
     "a save": (utils, "check_signature", 2),  # the first is the trial before step 1
     "a save's renaming": (os, "replace", 3),
-    "the sampling": (Diffusion, "_guess", 4),
+    "the sampling": (Diffusion, "_evaluate", 4),
     "the log": (log_module.RunLog, "scalars", 1),
 }
 
@@ -419,7 +421,9 @@ def test_row_36_ctrl_c_twice_ends_within_a_second(here):
 
 
 def test_row_36_the_second_signal_does_not_wait_for_the_step(here):
-    script = f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); from safety import StopSignals\n"
+    script = (
+        f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); from safety import StopSignals\n"
+    )
     script += "with StopSignals() as stop:\n    stop.deferred = True\n    print('on', flush=True)\n"
     script += "    time.sleep(60); time.sleep(60)\n"
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
@@ -461,7 +465,7 @@ def test_row_41_two_runs_in_one_folder(here):
 def test_row_28_a_save_during_sampling_holds_raw_and_averaged_weights(here, monkeypatch):
     train(tiny(experiment_name="whole"))
     taken = {}
-    real = Diffusion._guess
+    real = Diffusion._evaluate
 
     def saving(self, model, *arguments):
         taken["sampled"] = model
@@ -475,7 +479,7 @@ def test_row_28_a_save_during_sampling_holds_raw_and_averaged_weights(here, monk
             taken["copy"], taken["ema"] = copy, dict(state.ema.model.state_dict())
         return real_step(config, state, *arguments)
 
-    monkeypatch.setattr(Diffusion, "_guess", saving)
+    monkeypatch.setattr(Diffusion, "_evaluate", saving)
     monkeypatch.setattr(train_module, "train_step", step)
     train(tiny(sample_every=1))
     assert not tensors_equal(taken["copy"], taken["ema"])
@@ -575,10 +579,14 @@ def test_row_64_a_killed_sampler_leaves_no_partial_picture(here, monkeypatch):
 
 def test_row_68_a_finished_run_resumed_exits_0_and_touches_nothing(here):
     assert run_script("train.py", *flags(TINY)).returncode == 0
-    before = {p: p.read_bytes() for p in (here / "run").rglob("*") if p.is_file() and p.name != "lock"}
+    before = {
+        p: p.read_bytes() for p in (here / "run").rglob("*") if p.is_file() and p.name != "lock"
+    }
     result = run_script("train.py", *flags({**TINY, "resume": True}))
     assert result.returncode == 0 and "has all its 6 steps" in result.stdout
-    after = {p: p.read_bytes() for p in (here / "run").rglob("*") if p.is_file() and p.name != "lock"}
+    after = {
+        p: p.read_bytes() for p in (here / "run").rglob("*") if p.is_file() and p.name != "lock"
+    }
     assert before == after
 
 
@@ -598,7 +606,15 @@ def test_row_69_numbers_out_of_range_name_the_flag(here, words):
 
 # Two processes -----------------------------------------------------------------------------------
 
-LAUNCH = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+LAUNCH = [
+    "-m",
+    "accelerate.commands.launch",
+    "--cpu",
+    "--num_processes",
+    "2",
+    "--num_machines",
+    "1",
+]
 LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no"]
 
 
@@ -626,7 +642,12 @@ def port():
         return s.getsockname()[1]
 
 
-SCRIPT = "import sys, os, time; sys.path.insert(0, {root!r}); import train, cli\n{body}\ncli.run(train.main)\n"
+SCRIPT = """import sys, os, time
+sys.path.insert(0, {root!r})
+import train, cli
+{body}
+cli.run(train.main)
+"""
 
 
 def test_two_processes_train_save_sample_and_resume_exactly(here, port):
@@ -649,7 +670,8 @@ def test_two_processes_train_save_sample_and_resume_exactly(here, port):
 
 def test_row_56_one_of_two_processes_is_killed(here, port):
     body = "real = train.train_step\ndef step(config, state, *a):\n"
-    body += "    if state.step == 4 and os.environ['RANK'] == '1' and not config.resume: os._exit(137)\n"
+    body += "    last = os.environ['RANK'] == '1' and not config.resume\n"
+    body += "    if last and state.step == 4: os._exit(137)\n"
     body += "    return real(config, state, *a)\ntrain.train_step = step"
     Path("dies.py").write_text(SCRIPT.format(root=str(ROOT), body=body))
     settings = {**TINY, "batch_size": 2}
@@ -659,7 +681,8 @@ def test_row_56_one_of_two_processes_is_killed(here, port):
     assert process.returncode != 0 and time.monotonic() - began < 60
     process = launch("dies.py", *flags({**settings, "resume": True}), port=port)
     assert "step_00000003.pt" in wait(process) and process.returncode == 0
-    process = launch("dies.py", *flags({**settings, "resume": True, "experiment_name": "whole"}), port=port)
+    settings["experiment_name"] = "whole"
+    process = launch("dies.py", *flags({**settings, "resume": True}), port=port)
     assert wait(process) is not None and process.returncode == 0
     assert_equal_runs(final("whole", 6), final("run", 6))
 

@@ -1,4 +1,5 @@
-"""The loop: what a step does, what a run leaves, and that a resumed run equals one never stopped."""
+"""The loop: what a step does, what a run leaves, and that a resumed run equals one never
+stopped."""
 
 import json
 import math
@@ -139,7 +140,7 @@ def test_accumulated_micro_batches_equal_their_mean_gradient(here):
     batches = Batches(load_faces("pictures", 8), 4, config.seed)
     total = 0.0
     for micro in range(4):
-        generator = torch.Generator().manual_seed(train_module.seed_of(config.seed, micro, 0))
+        generator = torch.Generator().manual_seed(train_module.seed_of(config.seed, micro, 0, 2))
         total = total + diffusion.loss(other.model, batches(micro)[0], generator) / 4
     total.backward()
     gradients = torch.stack([p.grad.norm() for p in other.model.parameters()]).norm()
@@ -174,6 +175,20 @@ def test_training_reduces_the_loss(here):
     folder = train(tiny(num_training_steps=150, learning_rate=5e-3, log_every=10, save_every=150))
     history = load_checkpoint(checkpoint_path(folder, 150))["history"]
     assert history[-1][1] < 0.8 * history[0][1]
+
+
+def test_dropout_and_noise_are_drawn_from_unrelated_streams(here, monkeypatch):
+    """With one seed for both, the masks would be made of the numbers the noise is made of."""
+    drawn = {}
+
+    def loss(self, model, x_0, generator, attributes):
+        drawn["noise"] = torch.rand(100, generator=generator)
+        drawn["dropout"] = torch.rand(100)
+        return sum(p.square().sum() for p in model.parameters())
+
+    monkeypatch.setattr(Diffusion, "loss", loss)
+    step_once(tiny())
+    assert not set(drawn["noise"].tolist()) & set(drawn["dropout"].tolist())
 
 
 def test_different_seeds_and_ranks_see_different_noise(here):
@@ -265,6 +280,7 @@ def test_no_checkpoint_key_has_a_prefix(here):
         ("dropout", 0.6),
         ("num_timesteps", 20),
         ("noise_schedule", "linear"),
+        ("prediction", "v"),
         ("mixed_precision", "bf16"),
         ("num_training_steps", 5),
     ],

@@ -1,0 +1,146 @@
+"""What the benchmarks share: the machine's name, tables, rounds taken in turn, and rows that live in
+processes of their own."""
+
+import multiprocessing
+import os
+import platform
+import resource
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from datetime import date
+from multiprocessing.connection import Connection
+from pathlib import Path
+from statistics import median
+
+import torch
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name; of none, the GPU where there is one."""
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def machine(device: torch.device) -> str:
+    """One line: the processor or the GPU, cores, versions, date."""
+    cpu = platform.processor() or platform.machine()
+    information = Path("/proc/cpuinfo")
+    if information.is_file():
+        lines = [line for line in information.read_text().splitlines() if "model name" in line]
+        cpu = lines[0].partition(":")[2].strip() if lines else cpu
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
+    threads = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads in torch"
+    return f"machine: {name}, {threads}, torch {torch.__version__}, {date.today()}"
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in GitHub's markdown: the first column to the left, the others to the right."""
+    widths = [max(len(line[i]) for line in [columns, *rows]) for i in range(len(columns))]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [cells[0].ljust(widths[0])]
+        padded += [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
+        return f"| {' | '.join(padded)} |"
+
+    rules = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    return "\n".join([line(columns), line(rules), *map(line, rows)])
+
+
+def measure(calls: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Make every call once a round, and return what each of them answered in each round.
+
+    The calls alternate, in one order and then in the other, so that all of them share what the
+    machine does besides."""
+    answers = {name: [] for name in calls}
+    for i in range(rounds):
+        for name in list(calls) if i % 2 == 0 else reversed(list(calls)):
+            answers[name].append(calls[name]())
+    return answers
+
+
+def ratio(over: Sequence[float], under: Sequence[float]) -> float:
+    """The median over the rounds of over / under."""
+    return median(a / b for a, b in zip(over, under, strict=True))
+
+
+def seconds_of(call: Callable[[], object], device: torch.device, times: int = 1) -> float:
+    """How long a call takes, until the device is done with it; the mean of `times` calls in a row."""
+    synchronize(device)
+    start = time.perf_counter()
+    for _ in range(times):
+        call()
+    synchronize(device)
+    return (time.perf_counter() - start) / times
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes this process has held: of the GPU's memory, or on a CPU of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # Not getrusage's where it can be helped: there a process inherits its parent's.
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if platform.system() == "Darwin" else most * 1024
+
+
+class Worker:
+    """An object in a process of its own, so that its memory and what it sets for the whole process
+    are its own too. Calling the worker calls a method there and waits for the answer, so of several
+    workers only one computes at a time.
+
+    make: the class, or a function that returns the object; it and the arguments must pickle. As a
+    context manager it ends the process."""
+
+    def __init__(self, make: Callable, *arguments):
+        context = multiprocessing.get_context("spawn")
+        self.name = make.__name__
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, make, arguments))
+        self.process.start()
+        theirs.close()
+        self._receive()
+
+    def __call__(self, method: str, *arguments):
+        self.pipe.send((method, arguments))
+        return self._receive()
+
+    def _receive(self):
+        try:
+            good, answer = self.pipe.recv()
+        except EOFError:
+            raise RuntimeError(f"the process of {self.name} died") from None
+        if not good:
+            raise RuntimeError(f"in the process of {self.name}:\n{answer}")
+        return answer
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.pipe.close()
+        self.process.join()
+
+
+def _serve(pipe: Connection, make: Callable, arguments: tuple) -> None:
+    """What the process of a worker does, until the pipe is closed."""
+    try:
+        made = make(*arguments)
+        answer = None
+        while True:
+            pipe.send((True, answer))
+            method, arguments = pipe.recv()
+            answer = getattr(made, method)(*arguments)
+    except EOFError:
+        pass
+    except Exception:
+        pipe.send((False, traceback.format_exc()))

@@ -1,0 +1,184 @@
+"""Faces asked for by their attributes."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, assert_error, flags, run_script, tensors_equal
+from PIL import Image
+
+import dataset
+from dataset import load_faces, sheet_rows
+from errors import UsageError
+from sample import Sample, load_trained, sample
+from train import Config, check_config, drop_attributes, train
+from utils import checkpoint_path, list_checkpoints, load_checkpoint, save_checkpoint
+
+ASKED = ("Smiling", "Eyeglasses")
+
+
+def tiny(**changes) -> Config:
+    drawn = dict(path_to_data="drawn", attributes=ASKED, batch_size=8)
+    return Config(**{**TINY, **drawn, **changes})
+
+
+@pytest.fixture(autouse=True)
+def few_faces(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(dataset, "NUM_DRAWN", 60)
+
+
+@pytest.fixture
+def run():
+    """A run, its averaged weights shaken so that what is asked for shows after six steps."""
+    folder = train(tiny(learning_rate=0.01))
+    path = checkpoint_path(folder, 6)
+    state = load_checkpoint(path)
+    torch.manual_seed(0)
+    for weights in state["ema"]["model"].values():
+        weights.add_(torch.randn_like(weights) * 0.3)
+    save_checkpoint(path, state)
+    return folder
+
+
+def final(name="run", step=6):
+    return load_checkpoint(checkpoint_path(dataset.Path(name), step))
+
+
+def test_attributes_are_dropped_as_often_as_asked():
+    generator = torch.Generator().manual_seed(0)
+    attributes = torch.ones(40_000, 3)
+    kept = drop_attributes(attributes, 0.2, generator)
+    none, all_ = (kept == 0).all(1).float().mean(), (kept == 1).all(1).float().mean()
+    assert none == pytest.approx(0.2 + 0.2 / 8, abs=0.01)
+    assert all_ == pytest.approx(0.6 + 0.2 / 8, abs=0.01)
+    assert kept.mean() == pytest.approx(0.7, abs=0.01)
+    assert torch.equal(drop_attributes(attributes, 0.0, generator), attributes)
+
+
+def test_conditional_training_uses_the_faces_attributes(run):
+    assert final()["unet"]["num_attributes"] == 2
+    with pytest.MonkeyPatch.context() as patch:
+        real = dataset.Faces
+        patch.setattr(dataset, "Faces", lambda *a: real(a[0], -a[1], *a[2:]))
+        train(tiny(learning_rate=0.01, experiment_name="opposite"))
+    assert not tensors_equal(final()["model"], final("opposite")["model"])
+
+
+def test_share_dropped_changes_the_training(run):
+    train(tiny(learning_rate=0.01, experiment_name="never", attribute_dropout=0.0))
+    assert not tensors_equal(final()["model"], final("never")["model"])
+
+
+def test_resumed_conditional_run_equals_uninterrupted_run(run):
+    train(tiny(learning_rate=0.01, num_training_steps=3, experiment_name="halves"))
+    train(tiny(learning_rate=0.01, resume=True, experiment_name="halves"))
+    for part in ("model", "ema", "optimizer"):
+        assert tensors_equal(final()[part], final("halves")[part])
+
+
+def test_grids_of_a_conditional_run_are_labelled_sheets(run):
+    grid = Image.open(next((run / "samples").iterdir()))
+    labels, rows = sheet_rows(ASKED)
+    assert labels == ["Smiling", "not Smiling", "Eyeglasses", "not Eyeglasses"]
+    assert rows.tolist() == [[1, 0], [-1, 0], [0, 1], [0, -1]]
+    assert grid.height == 4 * 10 + 2 and grid.width > 12 + 40  # 1 column of 8 px, and the labels
+
+
+def drawn(**options):
+    out = sample(Sample(checkpoint="run", num_images=3, steps=3, out="grid.png", **options))
+    return np.asarray(Image.open(out)).astype(int)
+
+
+def test_what_is_asked_for_changes_the_pictures(run):
+    anything = drawn()
+    smiling, not_smiling = drawn(condition=("Smiling",)), drawn(condition=("Smiling=-1",))
+    assert not np.array_equal(anything, smiling) and not np.array_equal(smiling, not_smiling)
+    assert np.array_equal(smiling, drawn(condition=("Smiling=1",)))
+    assert np.array_equal(anything, drawn(condition=("Smiling=0",)))
+    assert not np.array_equal(smiling, drawn(condition=("Smiling",), guidance=3.0))
+    both = drawn(condition=("Smiling", "Eyeglasses=-1"))
+    assert not np.array_equal(smiling, both)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++"])
+def test_every_sampler_and_output_takes_a_condition(run, sampler):
+    options = dict(checkpoint="run", condition=("Smiling",), guidance=2.0, sampler=sampler)
+    for out in ("faces.png", "way.gif", "faces"):
+        assert sample(Sample(num_images=2, steps=3, out=out, **options)).exists()
+
+
+def test_sheet_has_a_row_for_each_attribute_on_and_off_from_the_same_noise(run):
+    trained = load_trained(run)
+    assert trained.attributes == ASKED
+    sheet = Image.open(sample(Sample("run", num_images=3, steps=3, sheet=True, out="sheet.png")))
+    assert sheet.height == 4 * 10 + 2
+    left = sheet.width - (3 * 10 + 2)
+    cells = np.asarray(sheet)[:, left:]
+    alone = np.asarray(
+        Image.open(
+            sample(Sample("run", num_images=3, steps=3, condition=("Smiling",), out="s.png"))
+        )
+    )
+    difference = np.abs(cells[2:10, 2:10].astype(int) - alone[2:10, 2:10])
+    assert difference.max() <= 1  # rounding may differ in a batch of another size
+
+
+def test_condition_beside_a_sheet_holds_in_every_row(run):
+    plain = sample(Sample("run", num_images=2, steps=3, sheet=True, out="a.png"))
+    with_glasses = sample(
+        Sample("run", num_images=2, steps=3, sheet=True, condition=("Eyeglasses",), out="b.png")
+    )
+    a, b = (np.asarray(Image.open(path)).astype(int) for path in (plain, with_glasses))
+    assert np.abs(a[:20] - b[:20]).max() > 1  # the rows of Smiling now have glasses
+    assert np.abs(a[22:] - b[22:]).max() <= 1  # the rows of Eyeglasses are as they were
+
+
+def test_only_trains_on_the_matching_faces(capsys):
+    train(tiny(attributes=(), only=("Smiling", "Eyeglasses=-1"), batch_size=4))
+    faces = load_faces("drawn", 8, attributes=ASKED)
+    has = (faces.attributes == [1, -1]).all(1)
+    assert f"the {has.sum()} of 60 with Smiling, not Eyeglasses" in capsys.readouterr().out
+    assert set(load_faces("drawn", 8, ("Smiling", "Eyeglasses=-1")).train) == {
+        i for i in faces.train if has[i]
+    }
+
+
+@pytest.mark.parametrize(
+    "changes, code, parts",
+    [
+        ({"attributes": ("Smilng",)}, 2, ("--attributes", "Smilng", "Smiling")),
+        ({"only": ("Smilng",)}, 2, ("--only", "Smilng", "Smiling")),
+        ({"only": ("Smiling=2",)}, 2, ("--only", "Smiling=2")),
+        ({"attribute_dropout": 0.7}, 2, ("--attribute_dropout",)),
+        ({"batch_size": 10_000_000}, 3, ("--batch_size",)),
+    ],
+)
+def test_bad_wishes_in_training_are_one_line(changes, code, parts):
+    result = run_script("train.py", *flags({**TINY, "path_to_data": "drawn", **changes}))
+    assert_error(result, code, *parts)
+    assert not list_checkpoints(dataset.Path("run"))
+
+
+def test_attributes_of_pictures_that_have_none_are_refused(here):
+    result = run_script("train.py", *flags({**TINY, "attributes": ("Smiling",)}))
+    assert_error(result, 3, "attributes")
+
+
+@pytest.mark.parametrize(
+    "options, text",
+    [
+        ({"condition": ("Male",)}, "has not learned Male.*Smiling, Eyeglasses"),
+        ({"condition": ("Smiling=2",)}, "--condition.*Smiling=2"),
+        ({"guidance": 2.0}, "--guidance"),
+        ({"guidance": -1.0, "condition": ("Smiling",)}, "--guidance"),
+    ],
+)
+def test_bad_wishes_in_sampling_are_one_line(run, options, text):
+    with pytest.raises(UsageError, match=text):
+        sample(Sample("run", num_images=2, steps=2, out="no.png", **options))
+    assert not dataset.Path("no.png").exists()
+
+
+def test_each_attribute_is_asked_for_once():
+    with pytest.raises(UsageError, match="--attributes"):
+        check_config(tiny(attributes=("Smiling", "Smiling")))

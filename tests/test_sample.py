@@ -1,0 +1,151 @@
+"""Pictures from a checkpoint: which weights, which noise, which files."""
+
+import os
+import shutil
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, assert_error, run_script, tensors_equal
+from PIL import Image
+
+from errors import CheckpointError, UsageError
+from sample import Sample, generate, load_trained, sample
+from train import Config, train
+from utils import checkpoint_path, find_checkpoint, load_checkpoint
+
+
+def tiny(**changes) -> Config:
+    return Config(**{**TINY, **changes})
+
+
+@pytest.fixture
+def run(here):
+    return train(tiny(learning_rate=0.01))
+
+
+def pictures(**flags):
+    """The pixels `sample` saves, one picture after another."""
+    shutil.rmtree("out", ignore_errors=True)
+    sample(Sample(**{"checkpoint": "run", "steps": 3, "out": "out", "num_images": 5, **flags}))
+    names = sorted(os.listdir("out"))
+    return np.stack([np.asarray(Image.open(os.path.join("out", name))) for name in names])
+
+
+def test_pictures_are_drawn_from_the_average_and_from_raw_weights_with_a_flag(run):
+    saved = load_checkpoint(find_checkpoint(run))
+    assert tensors_equal(dict(load_trained(run).model.state_dict()), saved["ema"]["model"])
+    raw = dict(load_trained(run, raw=True).model.state_dict())
+    assert tensors_equal(raw, saved["model"]) and not tensors_equal(raw, saved["ema"]["model"])
+    assert not np.array_equal(pictures(), pictures(raw=True))
+
+
+def test_network_and_diffusion_are_rebuilt_from_what_the_checkpoint_says(here):
+    train(tiny(num_timesteps=30, noise_schedule="linear", prediction="v", channels=16))
+    trained = load_trained("run")
+    assert trained.diffusion.num_timesteps == 30 and trained.diffusion.prediction == "v"
+    assert trained.diffusion.betas[-1] > 0.5 and trained.model.conv_in.out_channels == 16
+    assert not trained.model.training and trained.img_size == 8 and trained.step == 6
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++"])
+def test_picture_i_is_the_same_whatever_the_batch_size(run, sampler):
+    trained = load_trained(run)
+    draw = [
+        torch.cat(list(generate(trained, range(7), 3, size, sampler=sampler, steps=4)))
+        for size in (7, 3, 1)
+    ]
+    for other in draw[1:]:
+        torch.testing.assert_close(draw[0], other, rtol=0, atol=1e-5)
+    alone = next(generate(trained, [5], 3, sampler=sampler, steps=4))
+    torch.testing.assert_close(draw[0][5:6], alone, rtol=0, atol=1e-5)
+    assert draw[0].min() >= -1 and draw[0].max() <= 1
+
+
+@pytest.mark.parametrize("count", [3, 4, 5, 8])
+def test_exactly_as_many_pictures_as_asked(run, count):
+    assert len(pictures(num_images=count, batch_size=4)) == count
+
+
+def test_png_is_a_grid_gif_the_way_folder_single_pictures(run):
+    grid = sample(Sample(checkpoint="run", num_images=5, steps=4, out="a/grid.png"))
+    assert Image.open(grid).size == (3 * 10 + 2, 2 * 10 + 2)
+    way = Image.open(sample(Sample(checkpoint="run", num_images=4, steps=6, out="way.gif")))
+    assert way.format == "GIF" and way.n_frames == 7
+    single = pictures(num_images=4)
+    assert single.shape == (4, 8, 8, 3)
+    cells = np.asarray(Image.open(sample(Sample("run", num_images=4, steps=3, out="four.png"))))
+    np.testing.assert_array_equal(cells[2:10, 12:20], single[1])
+
+
+def test_seed_sampler_steps_and_eta_change_the_pictures(run):
+    first = pictures()
+    np.testing.assert_array_equal(first, pictures())
+    for flags in (dict(seed=1), dict(sampler="ddim"), dict(sampler="ddpm"), dict(steps=9)):
+        assert not np.array_equal(first, pictures(**flags)), flags
+    a, b = pictures(sampler="ddim"), pictures(sampler="ddim", eta=1.0)
+    assert not np.array_equal(a, b)
+
+
+def test_newest_run_is_taken_where_none_is_named(here):
+    train(tiny(experiment_name="old"))
+    train(tiny(experiment_name="new"))
+    for i, name in enumerate(("new", "old")):
+        for step in (3, 6):
+            os.utime(checkpoint_path(here / name, step), (time.time() - 100 * i,) * 2)
+    assert find_checkpoint(None).parts[0] == "new"
+    assert load_trained(None).path == find_checkpoint("new")
+
+
+def test_interpolation_goes_from_one_picture_to_the_other(run):
+    ends = pictures(num_images=4, steps=6)
+    way = pictures(interpolate=(1, 3), num_images=5, steps=6)
+    assert len(way) == 5
+    assert np.abs(way[0].astype(int) - ends[1]).max() <= 1
+    assert np.abs(way[-1].astype(int) - ends[3]).max() <= 1
+    assert not np.array_equal(way[2], way[0]) and not np.array_equal(way[2], way[4])
+    gif = Image.open(sample(Sample("run", num_images=5, steps=3, interpolate=(0, 1), out="b.gif")))
+    assert gif.n_frames == 5
+
+
+def test_noise_between_two_pictures_is_as_long_as_noise(run):
+    from sample import between
+
+    noise = between(load_trained(run), (0, 1), 9, seed=0)
+    lengths = noise.flatten(1).norm(dim=1) / noise[0].numel() ** 0.5
+    assert lengths.min() > 0.85 and lengths.max() < 1.15
+    same = between(load_trained(run), (2, 2), 3, 0)
+    assert torch.equal(same[0], same[2]) and torch.isfinite(same).all()
+
+
+@pytest.mark.parametrize(
+    "words, part",
+    [
+        (["--num_images", "0"], "--num_images"),
+        (["--steps", "51", "--sampler", "ddim"], "--steps"),
+        (["--eta", "1"], "--eta"),
+        (["--out", "faces.jpg"], "--out"),
+        (["--sampler", "euler"], "--sampler"),
+        (["--interpolate", "1"], "--interpolate"),
+        (["--interpolate", "1", "2", "--sampler", "ddpm"], "--sampler"),
+        (["--condition", "Smiling"], "--condition"),
+        (["--guidance", "2"], "--guidance"),
+        (["--sheet"], "--sheet"),
+        (["--whatever"], "--whatever"),
+    ],
+)
+def test_bad_flags_are_one_line_and_leave_nothing(run, words, part):
+    assert_error(run_script("sample.py", *words), 2, part)
+    assert not list(run.parent.glob("*.png"))
+
+
+def test_checkpoint_of_another_kind_is_refused(run):
+    torch.save({"weights": torch.zeros(3)}, "other.pt")
+    with pytest.raises(CheckpointError):
+        load_trained("other.pt")
+
+
+def test_flags_are_checked_before_anything_is_loaded(here):
+    with pytest.raises(UsageError, match="--steps"):
+        sample(Sample(checkpoint="not there", steps=0))
