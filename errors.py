@@ -45,8 +45,9 @@ class DivergedError(UserError):
     exit_code = 6
 
 
-class Interrupted(Exception):
-    """The run was stopped by a signal, after saving."""
+class Interrupted(BaseException):
+    """The run was stopped by a signal, after saving. Like KeyboardInterrupt no Exception, so that
+    nobody who tries one thing and then another takes it for a failure of the first."""
 
     def __init__(self, signal_number: int):
         super().__init__(f"stopped by signal {signal_number}")

@@ -29,7 +29,13 @@ from diffusion import Diffusion, image_generators
 from errors import Interrupted, UsageError
 from log import Progress, RunLog, say
 from safety import StopSignals, Watch, agreed_stop, lock_folder, preflight
-from state import diffusion_arguments, make_state, take_up, unet_arguments
+from state import (
+    autocast_dtype,
+    diffusion_arguments,
+    make_state,
+    take_up,
+    unet_arguments,
+)
 from unet import default_channel_mults
 from utils import (
     checkpoint_path,
@@ -166,16 +172,6 @@ def learning_rate(config: Config, step: int) -> float:
     return config.learning_rate * warmup * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def autocast_dtype(config: Config, device: torch.device) -> torch.dtype | None:
-    """The half precision to train in, or None for float32. A CPU takes bf16 where it has the
-    instructions for it, and nothing else."""
-    if config.mixed_precision == "no":
-        return None
-    if device.type == "cuda":
-        return torch.float16 if config.mixed_precision == "fp16" else torch.bfloat16
-    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else None
-
-
 def drop_attributes(attributes: Tensor, share: float, generator: torch.Generator) -> Tensor:
     """Attributes with some of them set to 0, not said: all of a `share` of the faces (Ho and
     Salimans 2022), and of as many again each one by a coin toss, so that any of them can be asked
@@ -263,7 +259,8 @@ def train(config: Config) -> Path:
     check_config(config)
     keep_freed_memory()
     folder = Path(config.experiment_name)
-    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)])
+    timeout = InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)
+    accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[timeout])  # autocast is ours
     device, is_main = accelerator.device, accelerator.is_main_process
     rank, world_size = accelerator.process_index, accelerator.num_processes
     with StopSignals() as stop, lock_folder(folder) if is_main else nullcontext():
@@ -297,8 +294,11 @@ def train(config: Config) -> Path:
             save_json(folder / "config.json", asdict(config))
 
         forward = accelerator.prepare_model(state.model)
-        if config.compile and device.type == "cuda":
-            forward.compile()
+        if device.type == "cuda":
+            torch.backends.cudnn.benchmark = True  # the shapes stay the same
+            torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
+            if config.compile:
+                forward.compile()
         watch = Watch(device, patience=20 if dtype == torch.float16 else 1)
         images_per_step = config.batch_size * config.gradient_accumulation_steps * world_size
         progress = Progress(state.step, config.num_training_steps, images_per_step, show=is_main)
@@ -327,6 +327,7 @@ def train(config: Config) -> Path:
                     prune_checkpoints(folder, config.keep_checkpoints)
                     log.draw_loss()
                 if stopping:
+                    say(f"stopped by a signal, step {step} is saved; go on with --resume")
                     raise Interrupted(stopping)
 
                 if log and (step % config.sample_every == 0 or last):
@@ -335,6 +336,7 @@ def train(config: Config) -> Path:
                         log.images(step, grid)
                 if saving or step % config.sample_every == 0:
                     progress.restart()  # the clock counts training only
+    accelerator.end_training()
     return folder
 
 

@@ -1,5 +1,5 @@
-"""What the benchmarks share: the machine's name, tables, rounds taken in turn, and rows that live in
-processes of their own."""
+"""What the benchmarks share: the machine's name, tables, rounds taken in turn, and rows that live
+in processes of their own."""
 
 import multiprocessing
 import os
@@ -64,7 +64,7 @@ def ratio(over: Sequence[float], under: Sequence[float]) -> float:
 
 
 def seconds_of(call: Callable[[], object], device: torch.device, times: int = 1) -> float:
-    """How long a call takes, until the device is done with it; the mean of `times` calls in a row."""
+    """How long a call takes, until the device is done with it; the mean of `times` in a row."""
     synchronize(device)
     start = time.perf_counter()
     for _ in range(times):
@@ -77,6 +77,12 @@ def synchronize(device: torch.device) -> None:
     """Wait for the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def empty_cache(device: torch.device) -> None:
+    """Leave the GPU's memory to the other processes."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def peak_memory(device: torch.device) -> int:

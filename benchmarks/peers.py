@@ -1,4 +1,4 @@
-"""Ways to train the same network: this project's step, diffusers' and denoising-diffusion-pytorch's,
+"""Ways to train the same network: this project's step, diffusers', denoising-diffusion-pytorch's,
 each as its own code takes it. `train_speed.py` gives each of them a process of its own.
 
     pip install -r requirements-test.txt denoising-diffusion-pytorch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.common import peak_memory, seconds_of
+from benchmarks.common import empty_cache, peak_memory, seconds_of
 from dataset import Batches, Faces
 from diffusion import Diffusion
 from safety import Watch
@@ -63,6 +63,7 @@ class Row:
     precision: str  # one of DTYPES
     network: nn.Module  # not compiled
     label = ""  # more about it, for the table
+    same_network = True  # as the other rows'
     flops: int  # of a forward pass for one picture
 
     def step(self) -> None:
@@ -71,15 +72,14 @@ class Row:
     def about(self) -> dict:
         """What is compared before anything is timed."""
         weights = sum(p.numel() for p in self.network.parameters())
-        names = {"precision": self.precision, "label": self.label, "flops": self.flops}
-        return {"weights": weights, **names}
+        about = {"weights": weights, "flops": self.flops, "same_network": self.same_network}
+        return about | {"precision": self.precision, "label": self.label}
 
     def time(self, steps: int) -> float:
         """Seconds for a step, the mean of `steps` after one that warms up."""
         self.step()
         seconds = seconds_of(self.step, self.device, steps)
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()  # for the other rows' sake
+        empty_cache(self.device)
         return seconds
 
     def memory(self) -> int:
@@ -110,9 +110,7 @@ class Ours(Row):
     def step_on(self, batches) -> None:
         """One update, on what `batches(index)` returns."""
         state, diffusion, network = self.state, self.diffusion, self.network
-        self.watch.add(
-            *train_step(self.config, state, diffusion, batches, network, self.dtype)
-        )
+        self.watch.add(*train_step(self.config, state, diffusion, batches, network, self.dtype))
 
     def parts(self) -> dict[str, float]:
         """Seconds of what a step does besides the network, each measured alone."""
@@ -137,7 +135,9 @@ class Ours(Row):
         """As `time`, on one batch that lies ready."""
         batch = self.batches(0)
         self.step_on(lambda index: batch)
-        return seconds_of(lambda: self.step_on(lambda index: batch), self.device, steps)
+        seconds = seconds_of(lambda: self.step_on(lambda index: batch), self.device, steps)
+        empty_cache(self.device)
+        return seconds
 
     def synchronises(self) -> str:
         """What in a step waits for the GPU, or nothing."""
@@ -214,6 +214,7 @@ class DenoisingDiffusionPytorch(Row):
     Its network cannot be ours; it gets our stages and the width whose FLOPs come nearest."""
 
     precision = "float32"
+    same_network = False
 
     def __init__(self, config: Config, device: torch.device):
         from denoising_diffusion_pytorch import GaussianDiffusion, Unet
@@ -283,6 +284,5 @@ class Machine:
         pixels = x.numel() // width
         products = 2 * self.side**3 / best(lambda: a @ b) / 1e12
         convolutions = 3 * 2 * 9 * width**2 * pixels / best(convolve) / 1e12
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        empty_cache(self.device)
         return products, convolutions

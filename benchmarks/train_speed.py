@@ -7,12 +7,12 @@
 
     pip install -r requirements-test.txt denoising-diffusion-pytorch
 
-Every row has a process of its own: what `train.py` sets for its process helps no other row, and each
-has its own memory to show. They compute in turn, one at a time, round after round; ratios are taken
-within a round, and of each number the median over the rounds is shown. This project's rows run
-`train.train_step` and `Watch.add`, with the making of the batch. The others find one batch ready on
-the device, and diffusers' network has the same weights and FLOPs, which is asserted. A picture costs
-three times the FLOPs of its forward pass.
+Every row has a process of its own: what `train.py` sets for its process helps no other row, and
+each has its own memory to show. They compute in turn, one at a time, round after round; ratios are
+taken within a round, and of each number the median over the rounds is shown. This project's rows
+run `train.train_step` and `Watch.add`, with the making of the batch. The others find one batch
+ready on the device, and diffusers' network has the same weights and FLOPs, which is asserted. A
+picture costs three times the FLOPs of its forward pass.
 """
 
 import importlib.util
@@ -63,7 +63,7 @@ class TrainSpeed:
 class Measured:
     """A row of the table."""
 
-    about: dict  # weights, flops, precision, label
+    about: dict  # what `Row.about` returns
     seconds: list[float] = field(default_factory=list)  # for a step, in each round
     memory: int = 0  # bytes, at most
 
@@ -75,6 +75,9 @@ def make_config(wish: TrainSpeed, **changes) -> Config:
     shape |= dict(head_dim=min(64, wish.channels), dropout=0.0, batch_size=wish.batch_size)
     config = Config(**shape, **changes)
     check_config(config)
+    for name in ("rounds", "steps_per_round"):
+        if getattr(wish, name) < 1:
+            raise UsageError(f"--{name}", f"is {getattr(wish, name)}", "give a number from 1")
     return config
 
 
@@ -103,13 +106,15 @@ def makers(wish: TrainSpeed, device: torch.device) -> dict[str, tuple]:
     without = [name for name, row in chosen.items() if not row[0]]
     if without:
         print(f"not on this machine: {', '.join(without)}", file=sys.stderr)
+    if len(without) == len(chosen):
+        raise UsageError("--rows", "none of them is for this machine", "leave the flag out")
     return {name: row[1:] for name, row in chosen.items() if row[0]}
 
 
 def check_same_network(abouts: dict[str, dict]) -> str:
     """Assert that all rows but denoising-diffusion-pytorch's train a network of the same weights
     and, within 3 %, FLOPs. Returns the line that says so."""
-    same = {name: about for name, about in abouts.items() if not about["label"]}
+    same = {name: about for name, about in abouts.items() if about["same_network"]}
     weights = {name: about["weights"] for name, about in same.items()}
     assert len(set(weights.values())) == 1, f"not the same number of weights: {weights}"
     flops = {name: about["flops"] for name, about in same.items()}
@@ -125,16 +130,16 @@ def run_rows(wish: TrainSpeed, device: torch.device) -> tuple[dict[str, Measured
     """Measure all rows in turn. Returns them, what the machine can do in each precision (TFLOP/s of
     matrix products and of convolutions, in each round), and the parts of our step."""
     workers = {name: Worker(*row) for name, row in makers(wish, device).items()}
-    measuring = Worker(Machine, make_config(wish), device)
+    rates_of = Machine(make_config(wish), device).rates
     try:
         rows = {name: Measured(worker("about")) for name, worker in workers.items()}
-        if any(not row.about["label"] for row in rows.values()):
+        if any(row.about["same_network"] for row in rows.values()):
             print(check_same_network({name: row.about for name, row in rows.items()}))
         precisions = sorted({row.about["precision"] for row in rows.values()})
         steps = wish.steps_per_round
         calls = {name: partial(worker, "time", steps) for name, worker in workers.items()}
         for precision in precisions:
-            calls[f"rates {precision}"] = partial(measuring, "rates", precision)
+            calls[f"rates {precision}"] = partial(rates_of, precision)
         if "ours" in workers:
             calls["constant"] = partial(workers["ours"], "time_constant", steps)
         answers = measure(calls, wish.rounds)
@@ -148,7 +153,7 @@ def run_rows(wish: TrainSpeed, device: torch.device) -> tuple[dict[str, Measured
                 parts["waits"] = workers["ours"]("synchronises")
         return rows, rates, parts
     finally:
-        for worker in [*workers.values(), measuring]:
+        for worker in workers.values():
             worker.__exit__()
 
 

@@ -553,9 +553,9 @@ def test_row_62_the_run_survives_a_closed_stdout(here):
 def test_row_63_a_clock_that_steps_back_changes_nothing(here, monkeypatch):
     train(tiny(experiment_name="whole", sample_every=2))
     times = iter(range(10**9, 0, -3600))
-    monkeypatch.setattr(time, "time", lambda: float(next(times)))
-    train(tiny(sample_every=2))
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "time", lambda: float(next(times)))
+        train(tiny(sample_every=2))
     assert_equal_runs(final("whole", 6), final("run", 6))
 
 

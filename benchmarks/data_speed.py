@@ -1,0 +1,263 @@
+"""How fast pictures become batches, beside torchvision's ImageFolder and a DataLoader.
+
+    python benchmarks/data_speed.py                        # JPEGs that it makes itself
+    python benchmarks/data_speed.py --path_to_data data    # of a folder or zip of pictures
+    python benchmarks/data_speed.py --step_ms 80           # of your step, else it measures one
+    python benchmarks/data_speed.py --full 202599          # also: prepare a zip of that many
+
+Both sides read the same files, crop, resize, scale and mirror them alike; that the pictures are
+equal is asserted. This project decodes once, then takes its batches from an array; the loader
+decodes in each epoch. Both are in turn, round after round, and ratios are taken within a round.
+Everything is written to a temporary folder (TMPDIR says where) and removed.
+"""
+
+import contextlib
+import io
+import shutil
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import cli
+from benchmarks.common import (
+    Worker,
+    find_device,
+    machine,
+    measure,
+    peak_memory,
+    ratio,
+    seconds_of,
+    table,
+)
+from benchmarks.peers import Ours
+from dataset import PREPARED, Batches, Faces, load_faces
+from errors import UsageError
+from sources import decode_all, face_box, find_source
+from train import DEMO, Config
+
+WORKERS = (0, 2)  # processes of the DataLoader
+
+
+@dataclass(frozen=True)
+class DataSpeed:
+    """Which pictures, and how often."""
+
+    path_to_data: str = ""  # folder or zip of pictures; empty: JPEGs of 178x218, made for this
+    num_pictures: int = 4000  # how many of them
+    img_size: int = 64  # pixels of a side
+    batch_size: int = 128  # pictures in a batch
+    rounds: int = 5  # turns that every row has
+    step_ms: float = 0.0  # milliseconds of a training step; 0: measure the demo's network here
+    device: str = ""  # where batches go, cpu or cuda; empty: the GPU where there is one
+    full: int = 0  # pictures of a zip to prepare as a whole; CelebA has 202599; 0: none
+
+
+def write_pictures(wish: DataSpeed, root: Path) -> Path:
+    """Write the pictures into a folder `faces` of another one, as ImageFolder wants them; returns
+    the other one, which has CelebA's name where they are CelebA's, so that they are cropped so."""
+    source = find_source(Path(wish.path_to_data)) if wish.path_to_data else None
+    root = root / ("img_align_celeba" if source and source.aligned else "pictures")
+    (root / "faces").mkdir(parents=True)
+    if source:
+        for i, name in enumerate(source.pictures[: wish.num_pictures]):
+            suffix = Path(name).suffix.lower()
+            (root / "faces" / f"{i:06d}{suffix}").write_bytes(source.read(name))
+        return root
+    random = np.random.default_rng(0)
+    for i in range(wish.num_pictures):
+        colours = Image.fromarray(random.integers(0, 256, (7, 6, 3), dtype=np.uint8))
+        picture = colours.resize((178, 218), Image.Resampling.BICUBIC)
+        picture.save(root / "faces" / f"{i:06d}.jpg", quality=90)
+    return root
+
+
+class Square:
+    """This project's crop, as a transform."""
+
+    def __init__(self, aligned: bool):
+        self.aligned = aligned
+
+    def __call__(self, picture: Image.Image) -> Image.Image:
+        return picture.crop(face_box(*picture.size, self.aligned))
+
+
+def image_folder(root: Path, img_size: int, mirror: bool) -> ImageFolder:
+    """torchvision's dataset of the pictures: what a loader would be given."""
+    steps = [
+        Square(find_source(root).aligned),
+        transforms.Resize(img_size, transforms.InterpolationMode.BICUBIC),
+        transforms.RandomHorizontalFlip(0.5 if mirror else 0.0),
+        transforms.ToTensor(),
+        transforms.Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    ]
+    return ImageFolder(root, transforms.Compose(steps))
+
+
+def check_same_pictures(images: np.ndarray, theirs: ImageFolder) -> int:
+    """Assert that the first pictures are equal, pixel for pixel. Returns how many were compared.
+
+    images: (N, H, W, 3) uint8; theirs: a dataset that gives (3, H, W) in [-1, 1]"""
+    assert len(images) == len(theirs), f"{len(images)} pictures and {len(theirs)}"
+    count = min(64, len(images))
+    for i in range(count):
+        pixels = ((theirs[i][0] + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
+        difference = np.abs(images[i].astype(int) - pixels).max()
+        assert difference == 0, f"picture {i} differs by up to {difference}"
+    return count
+
+
+def prepare_anew(root: Path, img_size: int) -> Faces:
+    """`load_faces` as at a first start. What it says is not shown."""
+    shutil.rmtree(PREPARED, ignore_errors=True)
+    with contextlib.redirect_stderr(io.StringIO()):
+        return load_faces(root, img_size)
+
+
+def make_calls(
+    wish: DataSpeed, root: Path, device: torch.device
+) -> tuple[dict[str, Callable], dict[str, int]]:
+    """For each row a call that returns its seconds, and how many pictures go into it."""
+    count = len(find_source(root).pictures)
+    faces = prepare_anew(root, wish.img_size)
+    theirs = image_folder(root, wish.img_size, mirror=False)
+    compared = check_same_pictures(faces.images, theirs)
+    print(f"checked: {compared} pictures are the same on both sides, pixel for pixel")
+    batches = Batches(faces, wish.batch_size, device=device)
+    turns = max(100, batches.per_epoch)
+
+    def decode() -> None:
+        for _ in decode_all(find_source(root), wish.img_size):
+            pass
+
+    def take_batches() -> None:
+        for i in range(turns):
+            batches(i)
+
+    def go_through(loader: DataLoader) -> None:
+        for images, _ in loader:
+            images.to(device, non_blocking=True)
+
+    calls = {"decode_all": decode, "load_faces": lambda: prepare_anew(root, wish.img_size)}
+    calls |= {"Batches": take_batches}
+    pictures = {"decode_all": count, "load_faces": count, "Batches": turns * wish.batch_size}
+    dataset = image_folder(root, wish.img_size, mirror=True)
+    for workers in WORKERS:
+        options = dict(batch_size=wish.batch_size, shuffle=True, drop_last=True)
+        options["pin_memory"] = device.type == "cuda"
+        # The workers stay from epoch to epoch: their start is not counted.
+        loader = DataLoader(dataset, num_workers=workers, persistent_workers=workers > 0, **options)
+        calls[f"DataLoader {workers}"] = partial(go_through, loader)
+        pictures[f"DataLoader {workers}"] = len(loader) * wish.batch_size
+    for call in calls.values():
+        call()  # the files are in the system's memory from here on, for all rows
+    return {name: partial(seconds_of, call, device) for name, call in calls.items()}, pictures
+
+
+def measure_step(wish: DataSpeed, device: torch.device) -> float:
+    """Milliseconds of a training step of the demo's network."""
+    config = replace(Config(**DEMO), img_size=wish.img_size, batch_size=wish.batch_size)
+    with Worker(Ours, config, device) as worker:
+        return worker("time_constant", 2) * 1e3
+
+
+class Preparation:
+    """A start of a run, in a process of its own: its time and memory."""
+
+    def run(self, path: Path, img_size: int) -> tuple[float, int]:
+        """Seconds until the faces are there, and the most bytes this process has held."""
+        cpu = torch.device("cpu")
+        with contextlib.redirect_stderr(io.StringIO()):
+            seconds = seconds_of(lambda: load_faces(path, img_size), cpu)
+        return seconds, peak_memory(cpu)
+
+
+def prepare_zip(wish: DataSpeed, root: Path) -> str:
+    """Make a zip of `full` pictures, the ones there again and again, and start twice with it.
+    Returns the line about it."""
+    contents = [path.read_bytes() for path in sorted((root / "faces").iterdir())]
+    path = root.parent / "full.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for i in range(wish.full):
+            archive.writestr(f"img_align_celeba/{i:06d}.jpg", contents[i % len(contents)])
+    starts = []
+    for _ in range(2):
+        with Worker(Preparation) as worker:
+            starts.append(worker("run", path, wish.img_size))
+    (first, memory), (second, _) = starts
+    return (
+        f"a zip of {wish.full:,} pictures ({path.stat().st_size / 1e9:.2f} GB): prepared in"
+        f" {first / 60:.2f} minutes ({wish.full / first:,.0f} pictures/s) with at most"
+        f" {memory / 1e9:.2f} GB of memory; the second start takes {second:.2g} s"
+    )
+
+
+def format_tables(wish: DataSpeed, seconds: dict, pictures: dict, step_ms: float) -> str:
+    """The table of preparing and the table of batches."""
+    titles = {
+        "decode_all": "this project: decoded",
+        "load_faces": "this project: decoded and written, once",
+        "Batches": "this project: `Batches`",
+    }
+    titles |= {f"DataLoader {n}": f"ImageFolder, DataLoader, {n} workers" for n in WORKERS}
+    rates = {name: [pictures[name] / each for each in seconds[name]] for name in seconds}
+    loaders = [f"DataLoader {n}" for n in WORKERS]
+
+    lines = []
+    for name in ["decode_all", "load_faces", *loaders]:
+        times = [f"{ratio(rates[name], rates[loader]):.2f}" for loader in loaders]
+        lines.append([titles[name], f"{median(rates[name]):,.0f}", *times])
+    columns = ["from files", "pictures/s", *(f"x {n} workers" for n in WORKERS)]
+    text = table(columns, lines)
+
+    lines = []
+    for name in ["Batches", *loaders]:
+        cost = 1e3 * wish.batch_size / median(rates[name])
+        times = [f"{ratio(rates[name], rates[loader]):.2f}" for loader in loaders]
+        speed = f"{median(rates[name]) / wish.batch_size:,.4g}"
+        lines.append([titles[name], speed, f"{cost:.3g}", f"{cost / step_ms:.2%}", *times])
+    columns = ["in training", "batches/s", "ms a batch", f"of a step of {step_ms:.4g} ms"]
+    return text + "\n\n" + table([*columns, *(f"x {n} workers" for n in WORKERS)], lines)
+
+
+def main() -> None:
+    """The command line."""
+    description = "How fast pictures become batches, beside torchvision's ImageFolder."
+    wish = cli.parse(DataSpeed, sys.argv[1:], description)
+    for name in ("num_pictures", "img_size", "batch_size", "rounds"):
+        if getattr(wish, name) < 1:
+            raise UsageError(f"--{name}", f"is {getattr(wish, name)}", "give a number from 1")
+    if wish.path_to_data:
+        wish = replace(wish, path_to_data=str(Path(wish.path_to_data).absolute()))
+    device = find_device(wish.device)
+    step_ms = wish.step_ms or measure_step(wish, device)
+    # The prepared arrays go into the current folder.
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        root = write_pictures(wish, Path(folder))
+        calls, pictures = make_calls(wish, root, device)
+        seconds = measure(calls, wish.rounds)
+        print(f"\n{format_tables(wish, seconds, pictures, step_ms)}\n")
+        print(
+            f"{pictures['decode_all']:,} pictures to {wish.img_size} px, batch {wish.batch_size},"
+            f" {wish.rounds} rounds; files in the system's memory"
+        )
+        if wish.full:
+            print(prepare_zip(wish, root))
+    print(machine(device))
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,243 @@
+"""How fast this project draws pictures, beside diffusers with the same weights.
+
+    python benchmarks/sample_speed.py                         # 32 px, 64 channels; 1000 steps last
+    python benchmarks/sample_speed.py --ddpm_steps 0 --rounds 5    # without the slow sampler
+    python benchmarks/sample_speed.py --img_size 64 --channels 128 --channel_mults 1 2 2 2 4
+
+    pip install -r requirements-test.txt
+
+A checkpoint with random weights is written; this project draws from it as `sample.py` does, and
+diffusers with its own network, which holds the same weights, in its DDIMPipeline and DDPMPipeline,
+the latter also with DPMSolverMultistepScheduler. Each has a process of its own; they compute in
+turn, round after round, and ratios are taken within a round. Before that DDIM's pictures, in float32
+from the same noise at the same timesteps, are asserted to agree to half a grey level.
+"""
+
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import cli
+from benchmarks.common import (
+    Worker,
+    empty_cache,
+    find_device,
+    machine,
+    measure,
+    ratio,
+    seconds_of,
+    table,
+)
+from benchmarks.peers import diffusers_network
+from diffusion import Diffusion
+from errors import UsageError
+from sample import generate, load_trained
+from state import diffusion_arguments, unet_arguments
+from train import Config, check_config
+from unet import UNet, default_channel_mults
+from utils import keep_freed_memory, save_checkpoint
+
+HALF_A_GREY_LEVEL = 1 / 255  # pictures are in [-1, 1], in 255 steps
+SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}  # as diffusers names them
+
+
+@dataclass(frozen=True)
+class SampleSpeed:
+    """What to draw, and how long."""
+
+    img_size: int = 32  # pixels of a side
+    channels: int = 64  # channels of the first stage
+    channel_mults: tuple[int, ...] = (1, 2, 2, 2)  # times `channels`, for each stage
+    num_images: int = 64  # pictures to draw, all in one batch
+    steps: tuple[int, ...] = (10, 20, 50)  # evaluations of the network, for ddim and dpm++
+    ddpm_steps: int = 1000  # evaluations for ddpm; 0: leave it out
+    rounds: int = 3  # turns that every row has
+    ddpm_rounds: int = 1  # turns that ddpm has
+    device: str = ""  # cpu or cuda; empty: the GPU where there is one
+
+
+def make_config(wish: SampleSpeed) -> Config:
+    """The constants of the network and its diffusion. Raises UsageError."""
+    mults = wish.channel_mults or default_channel_mults(wish.img_size)
+    shape = dict(img_size=wish.img_size, channels=wish.channels, channel_mults=mults)
+    config = Config(**shape, head_dim=min(64, wish.channels), dropout=0.0)
+    check_config(config)
+    for name in ("num_images", "rounds", "ddpm_rounds"):
+        if getattr(wish, name) < 1:
+            raise UsageError(f"--{name}", f"is {getattr(wish, name)}", "give a number from 1")
+    if not all(2 <= steps <= config.num_timesteps for steps in wish.steps):
+        raise UsageError("--steps", f"is {wish.steps}", f"give 2 to {config.num_timesteps}")
+    if not 0 <= wish.ddpm_steps <= config.num_timesteps:
+        raise UsageError("--ddpm_steps", f"is {wish.ddpm_steps}", f"at most {config.num_timesteps}")
+    return config
+
+
+def random_network(config: Config) -> UNet:
+    """A network whose weights are all random: no layer is left at zero."""
+    torch.manual_seed(0)
+    model = UNet(**unet_arguments(config))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.02)
+    return model
+
+
+def write_checkpoint(config: Config, path: Path) -> None:
+    """A checkpoint as `sample.py` reads it."""
+    weights = random_network(config).state_dict()
+    networks = {"unet": unet_arguments(config), "diffusion": diffusion_arguments(config)}
+    networks |= {"model": weights, "ema": {"model": weights, "num_updates": 0}}
+    save_checkpoint(path, {"settings": asdict(config), "step": 0, **networks})
+
+
+class Ours:
+    """This project, as `sample.py` runs it: in half precision on a GPU."""
+
+    def __init__(self, path: Path, device: torch.device):
+        keep_freed_memory()
+        self.device = device
+        self.trained = load_trained(path, device=device.type)
+
+    def draw(self, sampler: str, steps: int, num_images: int) -> Tensor:
+        """(N, 3, H, W) in [-1, 1], on the CPU."""
+        options = dict(batch_size=num_images, sampler=sampler, steps=steps)
+        return torch.cat([x.cpu() for x in generate(self.trained, range(num_images), **options)])
+
+    def time(self, sampler: str, steps: int, num_images: int) -> float:
+        """Seconds for the pictures."""
+        seconds = seconds_of(lambda: self.draw(sampler, steps, num_images), self.device)
+        empty_cache(self.device)
+        return seconds
+
+
+class Diffusers:
+    """diffusers' pipelines with our weights. half: with weights in float16, as it advises."""
+
+    def __init__(self, path: Path, device: torch.device, half: bool = False):
+        trained = load_trained(path, device="cpu")
+        self.config, self.device, self.ours = Config(**trained.settings), device, trained.model
+        self.network = diffusers_network(self.ours, self.config).eval().to(device)
+        if half:
+            self.network.half()
+
+    def draw(self, sampler: str, steps: int, num_images: int) -> Tensor:
+        """(N, 3, H, W) in [-1, 1], on the CPU."""
+        return draw_with_diffusers(self.network, self.config, sampler, steps, num_images)
+
+    def time(self, sampler: str, steps: int, num_images: int) -> float:
+        """Seconds for the pictures."""
+        seconds = seconds_of(lambda: self.draw(sampler, steps, num_images), self.device)
+        empty_cache(self.device)
+        return seconds
+
+    def compare(self, steps: int, num_images: int) -> tuple[float, int]:
+        """Assert that this network is ours. Returns the largest difference of their pictures and
+        the number of their weights."""
+        networks = (self.ours.to(self.device), self.network)
+        weights = [sum(p.numel() for p in network.parameters()) for network in networks]
+        assert weights[0] == weights[1], f"not the same number of weights: {weights}"
+        return largest_difference(*networks, self.config, steps, num_images), weights[0]
+
+
+def draw_with_diffusers(
+    network: nn.Module, config: Config, sampler: str, steps: int, num_images: int, **options
+) -> Tensor:
+    """(N, 3, H, W) in [-1, 1], on the CPU, from the noise of seed 0."""
+    import diffusers
+
+    schedule = SCHEDULES[config.noise_schedule]
+    scheduler = {
+        "ddim": diffusers.DDIMScheduler,
+        "ddpm": diffusers.DDPMScheduler,
+        "dpm++": diffusers.DPMSolverMultistepScheduler,
+    }[sampler](config.num_timesteps, beta_schedule=schedule)
+    make = diffusers.DDIMPipeline if sampler == "ddim" else diffusers.DDPMPipeline
+    pipeline = make(network, scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    options |= dict(num_inference_steps=steps, generator=generator, output_type="np")
+    images = pipeline(batch_size=num_images, **options).images
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() * 2 - 1
+
+
+def largest_difference(
+    ours: nn.Module, theirs: nn.Module, config: Config, steps: int, num_images: int
+) -> float:
+    """Between the two networks' pictures of DDIM, in float32: asserted to be below half a grey
+    level. Both start at the same noise and take diffusers' timesteps, each T / steps apart."""
+    device = next(ours.parameters()).device
+    tf32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    options = dict(eta=0.0, use_clipped_model_output=True)
+    expected = draw_with_diffusers(theirs, config, "ddim", steps, num_images, **options)
+    diffusion = Diffusion(**diffusion_arguments(config), device=device)
+    diffusion.timesteps = lambda steps: torch.arange(steps) * (config.num_timesteps // steps)
+    noise = torch.randn(expected.shape, generator=torch.Generator().manual_seed(0))
+    drawn = diffusion.sample(ours, expected.shape, sampler="ddim", steps=steps, x_T=noise).cpu()
+    torch.backends.cudnn.allow_tf32 = tf32
+    difference = float((drawn - expected).abs().max())
+    assert expected.std() > 0.1, "empty pictures agree too easily"
+    assert difference < HALF_A_GREY_LEVEL, f"the pictures differ by up to {difference}"
+    return difference
+
+
+def run_rows(wish: SampleSpeed, path: Path, device: torch.device) -> list[list[str]]:
+    """The lines of the table. Before them the pictures are compared."""
+    workers = {"ours": Worker(Ours, path, device), "diffusers": Worker(Diffusers, path, device)}
+    if device.type == "cuda":
+        workers["diffusers float16"] = Worker(Diffusers, path, device, True)
+    kinds = [(sampler, n, wish.rounds) for sampler in ("ddim", "dpm++") for n in wish.steps]
+    if wish.ddpm_steps:
+        kinds.append(("ddpm", wish.ddpm_steps, wish.ddpm_rounds))
+    lines = []
+    try:
+        steps, count = min(wish.steps, default=10), min(8, wish.num_images)
+        difference, weights = workers["diffusers"]("compare", steps, count)
+        print(
+            f"checked: both hold {weights:,} weights, and {count} pictures of DDIM at {steps}"
+            f" evaluations differ by at most {difference:.1e}, of a range of 2"
+        )
+        for sampler, steps, rounds in kinds:
+            calls = {}
+            for name, worker in workers.items():
+                worker("time", sampler, min(steps, 4), wish.num_images)  # warms up
+                calls[name] = partial(worker, "time", sampler, steps, wish.num_images)
+            seconds = measure(calls, rounds)
+            line = [sampler, f"{steps}", *(f"{median(each):.3g}" for each in seconds.values())]
+            peers = [each for name, each in seconds.items() if name != "ours"]
+            lines.append([*line, *(f"{ratio(each, seconds['ours']):.2f}" for each in peers)])
+    finally:
+        for worker in workers.values():
+            worker.__exit__()
+    return lines
+
+
+def main() -> None:
+    """The command line."""
+    description = "How fast this project draws pictures, beside diffusers with the same weights."
+    wish = cli.parse(SampleSpeed, sys.argv[1:], description)
+    config, device = make_config(wish), find_device(wish.device)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "random.pt"
+        write_checkpoint(config, path)
+        lines = run_rows(wish, path, device)
+    columns = ["sampler", "evaluations", "ours s", "diffusers s", "x diffusers"]
+    if device.type == "cuda":
+        columns[4:] = ["diffusers float16 s", "x diffusers", "x diffusers float16"]
+    print(f"\n{table(columns, lines)}\n")
+    print(
+        f"{wish.num_images} pictures of {wish.img_size} px in a batch, {wish.rounds} rounds"
+        f" (ddpm: {wish.ddpm_rounds})"
+    )
+    print(machine(device))
+
+
+if __name__ == "__main__":
+    cli.run(main)

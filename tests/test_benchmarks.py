@@ -1,0 +1,172 @@
+"""The benchmarks run, at a tiny size, and refuse to compare what is not the same."""
+
+import copy
+import importlib.util
+
+import numpy as np
+import pytest
+import torch
+from conftest import assert_error, run_script
+from torch import nn
+
+from benchmarks import data_speed, sample_speed, train_speed
+from benchmarks.common import Worker, measure, ratio, table
+from benchmarks.peers import diffusers_network, forward_flops
+from train import Config
+
+TINY = ["--img_size", "8", "--channels", "32", "--channel_mults", "1", "2", "--rounds", "1"]
+SMALL = Config(img_size=8, channels=32, channel_mults=(1, 2), head_dim=32, dropout=0.0)
+CPU = ["--device", "cpu"]
+
+
+def read_tables(text: str) -> list[dict[str, dict[str, str]]]:
+    """The markdown tables in a text: row name -> column -> cell."""
+    tables, columns = [], None
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if not line.startswith("|"):
+            columns = None
+        elif columns is None:
+            columns = cells
+            tables.append({})
+        elif set(line) - set("|-: "):
+            row = dict(zip(columns, cells, strict=True))
+            tables[-1][" ".join(cells[: 2 if columns[1] == "evaluations" else 1])] = row
+    return tables
+
+
+def run(script: str, *arguments: str) -> str:
+    """What a benchmark prints; it leaves nothing in the current folder."""
+    result = run_script(f"benchmarks/{script}.py", *arguments)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "machine: " in result.stdout.splitlines()[-1]
+    return result.stdout
+
+
+def test_train_speed_has_its_rows_and_columns(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = ["ours", "diffusers", "denoising-diffusion-pytorch"]
+    if importlib.util.find_spec("denoising_diffusion_pytorch") is None:
+        rows.pop()
+    small = ["--batch_size", "2", "--steps_per_round", "1", *CPU, "--rows", *rows]
+    text = run("train_speed", *TINY, *small)
+    (found,) = read_tables(text)
+    assert [name.partition(" (")[0] for name in found] == rows
+    for row in found.values():
+        assert float(row["images/s"]) > 0 and float(row["peak GB"]) > 0.1
+        assert float(row["of matrix product"].rstrip("%")) > 0
+        assert float(row["of convolution"].rstrip("%")) > 0
+        speed = float(row["images/s"]) * 3 * float(row["GFLOP forward"]) / 1e3
+        assert float(row["TFLOP/s"]) == pytest.approx(speed, rel=0.01)
+    ours, theirs = list(found.values())[:2]
+    assert float(theirs["x diffusers"]) == 1
+    for column in ("M weights", "GFLOP forward"):
+        assert ours[column] == theirs[column]
+    assert "checked: 2 rows train 940,483 weights" in text
+    for part in ("EMA update", "clipping", "logging", "constant batch"):
+        assert part in text
+    assert not list(tmp_path.iterdir())
+
+
+def test_sample_speed_has_its_rows_and_columns(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = ["--num_images", "2", "--steps", "2", "3", "--ddpm_steps", "4", *CPU]
+    text = run("sample_speed", *TINY, *small)
+    (found,) = read_tables(text)
+    assert list(found) == ["ddim 2", "ddim 3", "dpm++ 2", "dpm++ 3", "ddpm 4"]
+    for row in found.values():
+        times = float(row["diffusers s"]) / float(row["ours s"])
+        assert float(row["x diffusers"]) == pytest.approx(times, rel=0.02, abs=0.01)
+    assert "checked: both hold 940,483 weights" in text
+    assert not list(tmp_path.iterdir())
+
+
+def test_data_speed_has_its_rows_and_columns(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = ["--num_pictures", "24", "--img_size", "8", "--batch_size", "4", "--rounds", "1"]
+    text = run("data_speed", *small, "--step_ms", "10", "--full", "30", *CPU)
+    files, training = read_tables(text)
+    assert len(files) == 4 and len(training) == 3
+    assert all(float(row["pictures/s"].replace(",", "")) > 0 for row in files.values())
+    for row in training.values():
+        share = float(row["of a step of 10 ms"].rstrip("%")) / 100
+        assert share == pytest.approx(float(row["ms a batch"]) / 10, rel=0.01, abs=1e-4)
+    assert "checked: 24 pictures are the same" in text
+    assert "a zip of 30 pictures" in text and "the second start takes" in text
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_row_that_is_not_there_is_named():
+    result = run_script("benchmarks/train_speed.py", "--rows", "ours", "hers")
+    assert_error(result, 2, "--rows", "hers", "diffusers-advised")
+
+
+def test_networks_that_differ_are_not_compared():
+    same = {"weights": 100, "flops": 1000, "same_network": True}
+    check = train_speed.check_same_network
+    assert "100 weights" in check({"a": same, "b": same | {"flops": 1029}})
+    check({"a": same, "b": same | {"flops": 1, "weights": 1, "same_network": False}})
+    with pytest.raises(AssertionError, match="FLOPs"):
+        check({"a": same, "b": same | {"flops": 1031}})
+    with pytest.raises(AssertionError, match="weights"):
+        check({"a": same, "b": same | {"weights": 99}})
+
+
+class Products(nn.Module):
+    """A convolution and a matrix product, whose FLOPs can be counted by hand."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.linear = nn.Conv2d(3, 5, 3, padding=1), nn.Linear(8, 7, bias=False)
+
+    def forward(self, x, t):
+        return self.linear(self.conv(x))
+
+
+def test_flops_are_two_for_each_product_and_equal_in_both_networks():
+    assert forward_flops(Products(), 8) == 2 * (9 * 3 * 5 * 64 + 8 * 7 * 5 * 8)
+    ours = sample_speed.random_network(SMALL)
+    assert forward_flops(ours, 8) == forward_flops(diffusers_network(ours, SMALL), 8)
+
+
+def test_pictures_that_differ_are_not_compared():
+    ours = sample_speed.random_network(SMALL).eval()
+    theirs = diffusers_network(ours, SMALL).eval()
+    assert sample_speed.largest_difference(ours, theirs, SMALL, steps=3, num_images=2) < 1e-4
+    other = copy.deepcopy(ours)
+    with torch.no_grad():
+        other.conv_out.bias.add_(0.02)
+    with pytest.raises(AssertionError, match="differ"):
+        sample_speed.largest_difference(other, theirs, SMALL, steps=3, num_images=2)
+
+
+def test_decoded_pictures_that_differ_are_not_compared():
+    images = np.random.default_rng(0).integers(0, 256, (5, 4, 4, 3), dtype=np.uint8)
+    theirs = [(torch.from_numpy(image).permute(2, 0, 1) / 127.5 - 1, 0) for image in images]
+    assert data_speed.check_same_pictures(images, theirs) == 5
+    images[3, 2, 1, 0] ^= 1
+    with pytest.raises(AssertionError, match="picture 3"):
+        data_speed.check_same_pictures(images, theirs)
+    with pytest.raises(AssertionError, match="4 pictures"):
+        data_speed.check_same_pictures(images[:4], theirs)
+
+
+def test_rounds_alternate_and_ratios_are_taken_within_a_round():
+    order = []
+    calls = {name: lambda name=name: order.append(name) or len(order) for name in "ab"}
+    assert measure(calls, rounds=3) == {"a": [1, 4, 5], "b": [2, 3, 6]}
+    assert order == list("abbaab")
+    assert ratio([1, 4, 5], [2, 3, 6]) == 5 / 6
+
+
+def test_table_is_markdown():
+    text = table(["row", "s"], [["a", "1"], ["long name", "10"]])
+    assert read_tables(text) == [
+        {"a": {"row": "a", "s": "1"}, "long name": {"row": "long name", "s": "10"}}
+    ]
+    assert text.splitlines()[1] == "| --------- | -: |"
+
+
+def test_a_fault_in_a_worker_is_told():
+    with pytest.raises(RuntimeError, match="invalid literal"):
+        Worker(int, "no number")

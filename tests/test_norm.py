@@ -1,0 +1,129 @@
+"""The CPU's fast path against PyTorch's own layers and float64: speed leaves no mark."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from diffusion import Diffusion
+from norm import GroupNormSiLU, column_sums
+from unet import UNet
+
+
+def channels_last(x):
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def native(x, weight, bias, groups, silu):
+    y = F.group_norm(x.contiguous(), groups, weight, bias)
+    return F.silu(y) if silu else y
+
+
+def gradients(function, x, weight, bias, grad):
+    """The output, and the gradients of x, weight and bias."""
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in (x, weight, bias)]
+    y = function(*leaves)
+    y.backward(grad.to(y.dtype))
+    return [y.detach(), *(leaf.grad for leaf in leaves)]
+
+
+@pytest.mark.parametrize("silu", [True, False])
+@pytest.mark.parametrize("shape, groups", [((3, 8, 4, 4), 4), ((2, 6, 5, 3), 6), ((1, 4, 1, 7), 2)])
+def test_equals_pytorch_in_float64_with_its_gradients(shape, groups, silu):
+    torch.manual_seed(0)
+    x = channels_last(torch.randn(shape).double() * 3 + 1)
+    weight, bias = torch.randn(shape[1]).double(), torch.randn(shape[1]).double()
+    ours = gradients(
+        lambda *a: GroupNormSiLU.apply(*a, groups, 1e-5, silu), x, weight, bias, x.cos()
+    )
+    theirs = gradients(lambda *a: native(*a, groups, silu), x, weight, bias, x.cos())
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+    assert ours[0].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0, 3.0])
+def test_rounding_in_bfloat16_is_that_of_pytorch_within_a_factor_of_four(offset):
+    torch.manual_seed(0)
+    x = torch.randn(4, 64, 16, 16) * torch.rand(64, 1, 1) + offset * torch.randn(64, 1, 1)
+    x, grad = channels_last(x.bfloat16()), channels_last(torch.randn(4, 64, 16, 16).bfloat16())
+    weight, bias = torch.randn(64), torch.randn(64)
+    exact = gradients(
+        lambda *a: native(*a, 32, True), x.double(), weight.double(), bias.double(), grad
+    )
+    ours = gradients(lambda *a: GroupNormSiLU.apply(*a, 32, 1e-5, True), x, weight, bias, grad)
+    theirs = gradients(lambda *a: native(*a, 32, True), x, weight, bias, grad)
+    for a, b, true in zip(ours, theirs, exact, strict=True):
+        error, usual = ((t.double() - true).norm() / true.norm() for t in (a, b))
+        assert error < 4 * usual and error < 0.01
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-3)])
+@pytest.mark.parametrize("rows", [1, 7, 64, 1024])
+def test_column_sums_are_rounded_less_than_one_product_would_be(dtype, tolerance, rows):
+    torch.manual_seed(0)
+    x = (torch.rand(3, rows, 5) + 0.5).to(dtype)
+    exact = x.double().sum(1)
+    assert column_sums(x).dtype == torch.float32
+    torch.testing.assert_close(column_sums(x).double(), exact, rtol=2 * tolerance, atol=0)
+
+
+def test_constant_pictures_give_finite_numbers():
+    """Their variance is 0, and may come out negative."""
+    x = channels_last(torch.full((2, 8, 4, 4), 1.7).bfloat16())
+    y, dx, *_ = gradients(
+        lambda *a: GroupNormSiLU.apply(*a, 4, 1e-5, True), x, torch.ones(8), torch.zeros(8), x
+    )
+    assert torch.isfinite(y).all() and torch.isfinite(dx).all()
+
+
+class Plain(nn.Module):
+    """PyTorch's own group norm on contiguous pictures, to stand in for ours."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x):
+        return native(x, self.norm.weight, self.norm.bias, self.norm.num_groups, self.norm.silu)
+
+
+def make_plain(model: UNet) -> UNet:
+    """The same network with none of the fast path in it."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.GroupNorm) and not isinstance(module, Plain):
+                setattr(module, name, Plain(child))
+    return model.to(memory_format=torch.contiguous_format)
+
+
+@pytest.mark.parametrize(
+    "dtype, of_loss, of_gradient", [(None, 1e-5, 1e-4), (torch.bfloat16, 0.01, 0.05)]
+)
+def test_fast_step_has_the_loss_and_gradient_of_a_plain_one_in_float64(dtype, of_loss, of_gradient):
+    torch.manual_seed(0)
+    options = dict(img_size=16, channels=32, channel_mults=(1, 2), attn_resolutions=(8,))
+    fast, plain = UNet(**options, dropout=0.0), UNet(**options, dropout=0.0)
+    with torch.no_grad():
+        for parameter in fast.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.03)
+    plain.load_state_dict(fast.state_dict())
+    plain = make_plain(plain).double()
+    x_0 = torch.rand(8, 3, 16, 16) * 2 - 1
+
+    # The same noise for both: drawn in float32.
+    eps, t = torch.randn_like(x_0), torch.arange(0, 1000, 125)
+    x_t = Diffusion().q_sample(x_0, t, eps)
+    with torch.autocast("cpu", dtype, enabled=dtype is not None):
+        guess = fast(x_t, t)
+    loss = F.mse_loss(guess.float(), eps)
+    loss.backward()
+    exact = F.mse_loss(plain(x_t.double(), t), eps.double())
+    exact.backward()
+
+    assert abs(loss.item() - exact.item()) < of_loss * exact.item()
+    ours, theirs = (
+        torch.cat([p.grad.double().flatten() for p in model.parameters()])
+        for model in (fast, plain)
+    )
+    assert (ours - theirs).norm() < of_gradient * theirs.norm()

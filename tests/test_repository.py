@@ -1,0 +1,100 @@
+"""The files around the code agree with it."""
+
+import re
+import tomllib
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from sample import Sample
+from train import DEMO, Config
+
+README = (ROOT / "README.md").read_text()
+
+
+def requirements(name: str) -> list[str]:
+    lines = (ROOT / name).read_text().splitlines()
+    return sorted(line for line in lines if line and not line.startswith(("-r", "#")))
+
+
+def test_requirements_and_pyproject_list_the_same_packages():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert sorted(project["project"]["dependencies"]) == requirements("requirements.txt")
+    assert sorted(project["dependency-groups"]["test"]) == requirements("requirements-test.txt")
+
+
+def test_each_module_imports_only_what_the_design_allows():
+    ours = {p.stem for p in ROOT.glob("*.py")}
+    allowed = {
+        "norm": set(),
+        "unet": {"norm"},
+        "diffusion": set(),
+        "ema": set(),
+        "errors": set(),
+        "drawn_faces": set(),
+        "utils": {"errors"},
+        "cli": {"errors"},
+        "log": {"utils"},
+        "safety": {"errors", "utils"},
+        "sources": {"errors"},
+        "dataset": {"drawn_faces", "errors", "sources"},
+        "state": {"ema", "errors", "log", "unet", "utils"},
+        "sample": ours - {"train", "evaluate", "sample", "state", "safety"},
+        "train": ours - {"train", "evaluate", "sample"},
+    }
+    assert set(allowed) == ours
+    for name, may in allowed.items():
+        text = (ROOT / f"{name}.py").read_text()
+        imported = re.findall(r"^\s*(?:from|import) (\w+)", text, flags=re.MULTILINE)
+        assert set(imported) & ours <= may, name
+
+
+def test_readme_lists_every_flag_of_train_with_its_default():
+    rows = dict(re.findall(r"^\| `--(\w+)` \| ([^|]*) \|", README, flags=re.MULTILINE))
+    assert list(rows) == [field.name for field in fields(Config)]
+    for field in fields(Config):
+        value = field.default
+        shown = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        assert rows[field.name].strip().strip("`") == shown, field.name
+
+
+def test_every_flag_in_the_readme_exists():
+    known = {field.name for cls in (Config, Sample) for field in fields(cls)} | {"demo", "help"}
+    known |= {f"no_{field.name}" for field in fields(Config) if field.type in ("bool", bool)}
+    others = {"logdir", "num_processes", "cpu", "num_machines", "machine_rank"}  # of other programs
+    others |= {"main_process_ip", "main_process_port"}
+    assert set(re.findall(r"(?<![\w-])--([a-z_]+)", README)) <= known | others
+
+
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\(([^)#]+)\)", README))))
+def test_every_link_to_a_file_in_the_readme_exists(target):
+    assert target.startswith("https://") or (ROOT / target).exists()
+
+
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"`(\w+\.(?:py|ipynb|txt|toml))`", README))))
+def test_every_file_the_readme_names_exists(name):
+    assert [path for path in (ROOT, ROOT / "tests", ROOT / "benchmarks") if (path / name).exists()]
+
+
+def test_demo_changes_only_what_config_has():
+    names = {field.name for field in fields(Config)}
+    assert set(DEMO) <= names
+    for name, value in DEMO.items():
+        assert value != getattr(Config(), name), f"{name} is no change"
+
+
+def test_nothing_happens_at_import(tmp_path):
+    """No parsing of arguments, no files, no CUDA call."""
+    import subprocess
+    import sys
+
+    modules = sorted(p.stem for p in ROOT.glob("*.py"))
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = ['x', '--bad']\n"
+    code += f"import {', '.join(modules)}, torch; print(torch.cuda.is_initialized())"
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert result.stdout == "False\n", result.stderr
+    assert not list(Path(tmp_path).iterdir())
