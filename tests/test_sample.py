@@ -57,9 +57,9 @@ def test_picture_i_is_the_same_whatever_the_batch_size(run, sampler):
         for size in (7, 3, 1)
     ]
     for other in draw[1:]:
-        torch.testing.assert_close(draw[0], other, rtol=0, atol=1e-5)
+        torch.testing.assert_close(draw[0], other, rtol=0, atol=1e-4)
     alone = next(generate(trained, [5], 3, sampler=sampler, steps=4))
-    torch.testing.assert_close(draw[0][5:6], alone, rtol=0, atol=1e-5)
+    torch.testing.assert_close(draw[0][5:6], alone, rtol=0, atol=1e-4)
     assert draw[0].min() >= -1 and draw[0].max() <= 1
 
 

@@ -8,7 +8,7 @@ from diffusers import UNet2DModel
 
 from unet import UNet, default_channel_mults, sinusoidal_embedding
 
-SMALL = dict(img_size=16, channels=32, channel_mults=(1, 2), attn_resolutions=(8,), head_dim=32)
+SMALL = dict(img_size=16, channels=64, channel_mults=(1, 2), attn_resolutions=(8,), head_dim=32)
 
 
 def make_small(**changes):
@@ -167,6 +167,18 @@ def test_dropout_acts_in_training_only():
     assert torch.equal(model(x, t), model(x, t))
 
 
+@pytest.mark.parametrize("channels", [4, 8, 12, 32, 48, 64, 96, 128])
+def test_time_reaches_the_answer_of_a_network_of_any_width(channels):
+    """Not where a group of the norm is one channel: its mean, and so the time, is taken away."""
+    model = make_small(channels=channels, head_dim=channels).eval()
+    assert all(
+        m.num_channels >= 2 * m.num_groups for m in model.modules() if hasattr(m, "num_groups")
+    )
+    x = torch.randn(1, 3, 16, 16).expand(2, -1, -1, -1)
+    early, late = model(x, torch.tensor([10, 900]))
+    assert (early - late).abs().max() > 1e-3 * early.abs().max()
+
+
 def test_attributes_of_zero_are_the_unconditional_network():
     model = make_small(num_attributes=3)
     x, t = torch.randn(2, 3, 16, 16), torch.tensor([5, 6])
@@ -177,7 +189,7 @@ def test_attributes_of_zero_are_the_unconditional_network():
 @pytest.mark.parametrize(
     "changes",
     [
-        {"channels": 64},
+        {"channels": 96},
         {"channel_mults": (1, 1)},
         {"num_res_blocks": 1},
         {"attn_resolutions": (16, 8)},
