@@ -260,7 +260,8 @@ def train(config: Config) -> Path:
     keep_freed_memory()
     folder = Path(config.experiment_name)
     timeout = InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)
-    accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[timeout])  # autocast is ours
+    cpu = not torch.cuda.is_available()  # said, or accelerate runs processes on a CPU as one each
+    accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[timeout])
     device, is_main = accelerator.device, accelerator.is_main_process
     rank, world_size = accelerator.process_index, accelerator.num_processes
     with StopSignals() as stop, lock_folder(folder) if is_main else nullcontext():

@@ -22,7 +22,8 @@ def find_device(name: str) -> torch.device:
 
 
 def machine(device: torch.device) -> str:
-    """One line: the processor or the GPU, cores, versions, date."""
+    """One line: the processor or the GPU, cores, versions, date; and how busy it has been by now,
+    so ask before measuring: what else it does then is in the numbers."""
     cpu = platform.processor() or platform.machine()
     information = Path("/proc/cpuinfo")
     if information.is_file():
@@ -30,7 +31,8 @@ def machine(device: torch.device) -> str:
         cpu = lines[0].partition(":")[2].strip() if lines else cpu
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
     threads = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads in torch"
-    return f"machine: {name}, {threads}, torch {torch.__version__}, {date.today()}"
+    versions = f"torch {torch.__version__}, {date.today()}"
+    return f"machine: {name}, {threads}, {versions}, load before {os.getloadavg()[0]:.1f}"
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -43,9 +43,8 @@ from benchmarks.common import (
     seconds_of,
     table,
 )
-from benchmarks.peers import Ours
+from benchmarks.peers import Ours, check_positive
 from dataset import PREPARED, Batches, Faces, load_faces
-from errors import UsageError
 from sources import decode_all, face_box, find_source
 from train import DEMO, Config
 
@@ -237,12 +236,11 @@ def main() -> None:
     """The command line."""
     description = "How fast pictures become batches, beside torchvision's ImageFolder."
     wish = cli.parse(DataSpeed, sys.argv[1:], description)
-    for name in ("num_pictures", "img_size", "batch_size", "rounds"):
-        if getattr(wish, name) < 1:
-            raise UsageError(f"--{name}", f"is {getattr(wish, name)}", "give a number from 1")
+    check_positive(wish, "num_pictures", "img_size", "batch_size", "rounds")
     if wish.path_to_data:
         wish = replace(wish, path_to_data=str(Path(wish.path_to_data).absolute()))
     device = find_device(wish.device)
+    about_machine = machine(device)
     step_ms = wish.step_ms or measure_step(wish, device)
     # The prepared arrays go into the current folder.
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
@@ -256,7 +254,7 @@ def main() -> None:
         )
         if wish.full:
             print(prepare_zip(wish, root))
-    print(machine(device))
+    print(about_machine)
 
 
 if __name__ == "__main__":

@@ -18,13 +18,36 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.common import empty_cache, peak_memory, seconds_of
 from dataset import Batches, Faces
 from diffusion import Diffusion
+from errors import UsageError
 from safety import Watch
 from state import diffusion_arguments, make_state, unet_arguments
-from train import Config, autocast_dtype, train_step
-from unet import UNet
+from train import Config, autocast_dtype, check_config, train_step
+from unet import UNet, default_channel_mults
 from utils import keep_freed_memory
 
 DTYPES = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def make_config(img_size: int, channels: int, channel_mults: tuple[int, ...], **changes) -> Config:
+    """The constants of a network that diffusers can build as well, without dropout, which the peers
+    have none of by default. Raises UsageError."""
+    if channels < 64 or channels % 32:
+        fix = (
+            "give 64, 96, 128 or so: diffusers' norms have 32 groups, of two channels or more here"
+        )
+        raise UsageError("--channels", f"is {channels}", fix)
+    mults = channel_mults or default_channel_mults(img_size)
+    shape = dict(img_size=img_size, channels=channels, channel_mults=mults, dropout=0.0)
+    config = Config(**shape, **changes)
+    check_config(config)
+    return config
+
+
+def check_positive(wish: object, *names: str) -> None:
+    """Raise UsageError where one of these flags is not a number from 1."""
+    for name in names:
+        if getattr(wish, name) < 1:
+            raise UsageError(f"--{name}", f"is {getattr(wish, name)}", "give a number from 1")
 
 
 def random_faces(count: int, img_size: int) -> Faces:

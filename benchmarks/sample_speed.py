@@ -9,8 +9,8 @@
 A checkpoint with random weights is written; this project draws from it as `sample.py` does, and
 diffusers with its own network, which holds the same weights, in its DDIMPipeline and DDPMPipeline,
 the latter also with DPMSolverMultistepScheduler. Each has a process of its own; they compute in
-turn, round after round, and ratios are taken within a round. Before that DDIM's pictures, in float32
-from the same noise at the same timesteps, are asserted to agree to half a grey level.
+turn, round after round, and ratios are taken within a round. Before that DDIM's pictures, in
+float32 from the same noise at the same timesteps, are asserted to agree to half a grey level.
 """
 
 import sys
@@ -36,13 +36,13 @@ from benchmarks.common import (
     seconds_of,
     table,
 )
-from benchmarks.peers import diffusers_network
+from benchmarks.peers import check_positive, diffusers_network, make_config
 from diffusion import Diffusion
 from errors import UsageError
 from sample import generate, load_trained
 from state import diffusion_arguments, unet_arguments
-from train import Config, check_config
-from unet import UNet, default_channel_mults
+from train import Config
+from unet import UNet
 from utils import keep_freed_memory, save_checkpoint
 
 HALF_A_GREY_LEVEL = 1 / 255  # pictures are in [-1, 1], in 255 steps
@@ -64,15 +64,10 @@ class SampleSpeed:
     device: str = ""  # cpu or cuda; empty: the GPU where there is one
 
 
-def make_config(wish: SampleSpeed) -> Config:
+def config_of(wish: SampleSpeed) -> Config:
     """The constants of the network and its diffusion. Raises UsageError."""
-    mults = wish.channel_mults or default_channel_mults(wish.img_size)
-    shape = dict(img_size=wish.img_size, channels=wish.channels, channel_mults=mults)
-    config = Config(**shape, head_dim=min(64, wish.channels), dropout=0.0)
-    check_config(config)
-    for name in ("num_images", "rounds", "ddpm_rounds"):
-        if getattr(wish, name) < 1:
-            raise UsageError(f"--{name}", f"is {getattr(wish, name)}", "give a number from 1")
+    check_positive(wish, "num_images", "rounds", "ddpm_rounds")
+    config = make_config(wish.img_size, wish.channels, wish.channel_mults)
     if not all(2 <= steps <= config.num_timesteps for steps in wish.steps):
         raise UsageError("--steps", f"is {wish.steps}", f"give 2 to {config.num_timesteps}")
     if not 0 <= wish.ddpm_steps <= config.num_timesteps:
@@ -223,7 +218,8 @@ def main() -> None:
     """The command line."""
     description = "How fast this project draws pictures, beside diffusers with the same weights."
     wish = cli.parse(SampleSpeed, sys.argv[1:], description)
-    config, device = make_config(wish), find_device(wish.device)
+    config, device = config_of(wish), find_device(wish.device)
+    about_machine = machine(device)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "random.pt"
         write_checkpoint(config, path)
@@ -236,7 +232,7 @@ def main() -> None:
         f"{wish.num_images} pictures of {wish.img_size} px in a batch, {wish.rounds} rounds"
         f" (ddpm: {wish.ddpm_rounds})"
     )
-    print(machine(device))
+    print(about_machine)
 
 
 if __name__ == "__main__":

@@ -28,10 +28,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import cli
 from benchmarks.common import Worker, find_device, machine, measure, ratio, table
-from benchmarks.peers import DenoisingDiffusionPytorch, Diffusers, Machine, Ours
+from benchmarks.peers import (
+    DenoisingDiffusionPytorch,
+    Diffusers,
+    Machine,
+    Ours,
+    check_positive,
+    make_config,
+)
 from errors import UsageError
-from train import Config, check_config
-from unet import default_channel_mults
+from train import Config
 
 ROWS = {
     "ours": "this project as train.py runs it: fp16 on a GPU, bf16 on a CPU that has it",
@@ -68,17 +74,11 @@ class Measured:
     memory: int = 0  # bytes, at most
 
 
-def make_config(wish: TrainSpeed, **changes) -> Config:
-    """The constants of the rows; no dropout, since the peers have none by default."""
-    mults = wish.channel_mults or default_channel_mults(wish.img_size)
-    shape = dict(img_size=wish.img_size, channels=wish.channels, channel_mults=mults)
-    shape |= dict(head_dim=min(64, wish.channels), dropout=0.0, batch_size=wish.batch_size)
-    config = Config(**shape, **changes)
-    check_config(config)
-    for name in ("rounds", "steps_per_round"):
-        if getattr(wish, name) < 1:
-            raise UsageError(f"--{name}", f"is {getattr(wish, name)}", "give a number from 1")
-    return config
+def config_of(wish: TrainSpeed, **changes) -> Config:
+    """The constants of the rows."""
+    check_positive(wish, "rounds", "steps_per_round")
+    shape = (wish.img_size, wish.channels, wish.channel_mults)
+    return make_config(*shape, batch_size=wish.batch_size, **changes)
 
 
 def makers(wish: TrainSpeed, device: torch.device) -> dict[str, tuple]:
@@ -89,7 +89,7 @@ def makers(wish: TrainSpeed, device: torch.device) -> dict[str, tuple]:
     gpu = device.type == "cuda"
     bf16 = gpu or torch.cpu._is_avx512_bf16_supported()
     lucid = importlib.util.find_spec("denoising_diffusion_pytorch") is not None
-    config = partial(make_config, wish)
+    config = partial(config_of, wish)
     plain, on_bf16 = config(), config(mixed_precision="bf16")
     float32 = config(mixed_precision="no")
     every = {
@@ -130,7 +130,7 @@ def run_rows(wish: TrainSpeed, device: torch.device) -> tuple[dict[str, Measured
     """Measure all rows in turn. Returns them, what the machine can do in each precision (TFLOP/s of
     matrix products and of convolutions, in each round), and the parts of our step."""
     workers = {name: Worker(*row) for name, row in makers(wish, device).items()}
-    rates_of = Machine(make_config(wish), device).rates
+    rates_of = Machine(config_of(wish), device).rates
     try:
         rows = {name: Measured(worker("about")) for name, worker in workers.items()}
         if any(row.about["same_network"] for row in rows.values()):
@@ -212,6 +212,7 @@ def main() -> None:
     description = f"How fast this project trains, beside its peers. Rows:\n\n{rows}"
     wish = cli.parse(TrainSpeed, sys.argv[1:], description)
     device = find_device(wish.device)
+    about_machine = machine(device)
     measured, rates, parts = run_rows(wish, device)
     # Like with like: a GPU's rows are compared with the example's in half precision.
     reference = "diffusers-fp16" if device.type == "cuda" else "diffusers"
@@ -224,7 +225,7 @@ def main() -> None:
         f" {wish.steps_per_round} steps; peak GB of "
         + ("the GPU" if device.type == "cuda" else "the process, libraries included")
     )
-    print(machine(device))
+    print(about_machine)
 
 
 if __name__ == "__main__":

@@ -11,11 +11,11 @@ from torch import nn
 
 from benchmarks import data_speed, sample_speed, train_speed
 from benchmarks.common import Worker, measure, ratio, table
-from benchmarks.peers import diffusers_network, forward_flops
-from train import Config
+from benchmarks.peers import diffusers_network, forward_flops, make_config
+from errors import UsageError
 
-TINY = ["--img_size", "8", "--channels", "32", "--channel_mults", "1", "2", "--rounds", "1"]
-SMALL = Config(img_size=8, channels=32, channel_mults=(1, 2), head_dim=32, dropout=0.0)
+TINY = ["--img_size", "8", "--channels", "64", "--channel_mults", "1", "1", "--rounds", "1"]
+SMALL = make_config(img_size=8, channels=64, channel_mults=(1, 1))
 CPU = ["--device", "cpu"]
 
 
@@ -43,6 +43,11 @@ def run(script: str, *arguments: str) -> str:
     return result.stdout
 
 
+def weights() -> int:
+    """Of the tiny network."""
+    return sum(p.numel() for p in sample_speed.random_network(SMALL).parameters())
+
+
 def test_train_speed_has_its_rows_and_columns(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rows = ["ours", "diffusers", "denoising-diffusion-pytorch"]
@@ -62,7 +67,7 @@ def test_train_speed_has_its_rows_and_columns(tmp_path, monkeypatch):
     assert float(theirs["x diffusers"]) == 1
     for column in ("M weights", "GFLOP forward"):
         assert ours[column] == theirs[column]
-    assert "checked: 2 rows train 940,483 weights" in text
+    assert f"checked: 2 rows train {weights():,} weights" in text
     for part in ("EMA update", "clipping", "logging", "constant batch"):
         assert part in text
     assert not list(tmp_path.iterdir())
@@ -77,7 +82,7 @@ def test_sample_speed_has_its_rows_and_columns(tmp_path, monkeypatch):
     for row in found.values():
         times = float(row["diffusers s"]) / float(row["ours s"])
         assert float(row["x diffusers"]) == pytest.approx(times, rel=0.02, abs=0.01)
-    assert "checked: both hold 940,483 weights" in text
+    assert f"checked: both hold {weights():,} weights" in text
     assert not list(tmp_path.iterdir())
 
 
@@ -99,6 +104,12 @@ def test_data_speed_has_its_rows_and_columns(tmp_path, monkeypatch):
 def test_a_row_that_is_not_there_is_named():
     result = run_script("benchmarks/train_speed.py", "--rows", "ours", "hers")
     assert_error(result, 2, "--rows", "hers", "diffusers-advised")
+
+
+def test_a_width_that_diffusers_would_normalise_otherwise_is_refused():
+    for channels in (32, 48, 80):
+        with pytest.raises(UsageError, match="--channels"):
+            make_config(8, channels, (1, 1))
 
 
 def test_networks_that_differ_are_not_compared():

@@ -22,7 +22,7 @@ def requirements(name: str) -> list[str]:
 def test_requirements_and_pyproject_list_the_same_packages():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert sorted(project["project"]["dependencies"]) == requirements("requirements.txt")
-    assert sorted(project["dependency-groups"]["test"]) == requirements("requirements-test.txt")
+    assert sorted(project["dependency-groups"]["dev"]) == requirements("requirements-test.txt")
 
 
 def test_each_module_imports_only_what_the_design_allows():
@@ -64,7 +64,7 @@ def test_every_flag_in_the_readme_exists():
     known = {field.name for cls in (Config, Sample) for field in fields(cls)} | {"demo", "help"}
     known |= {f"no_{field.name}" for field in fields(Config) if field.type in ("bool", bool)}
     others = {"logdir", "num_processes", "cpu", "num_machines", "machine_rank"}  # of other programs
-    others |= {"main_process_ip", "main_process_port"}
+    others |= {"main_process_ip", "nproc_per_node"}
     assert set(re.findall(r"(?<![\w-])--([a-z_]+)", README)) <= known | others
 
 
