@@ -68,7 +68,7 @@ def test_every_flag_in_the_readme_exists():
     assert set(re.findall(r"(?<![\w-])--([a-z_]+)", README)) <= known | others
 
 
-@pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\(([^)#]+)\)", README))))
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"(?:\]\(|src=\")([^)#\"]+)", README))))
 def test_every_link_to_a_file_in_the_readme_exists(target):
     assert target.startswith("https://") or (ROOT / target).exists()
 
