@@ -29,13 +29,7 @@ from diffusion import Diffusion, image_generators
 from errors import Interrupted, UsageError
 from log import Progress, RunLog, say
 from safety import StopSignals, Watch, agreed_stop, lock_folder, preflight
-from state import (
-    autocast_dtype,
-    diffusion_arguments,
-    make_state,
-    take_up,
-    unet_arguments,
-)
+from state import autocast_dtype, diffusion_arguments, make_state, take_up, unet_arguments
 from unet import default_channel_mults
 from utils import (
     checkpoint_path,

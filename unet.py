@@ -175,25 +175,23 @@ class UNet(nn.Module):
         )
         self.conv_in = nn.Conv2d(3, channels, 3, padding=1)
 
-        def attention(width, resolution):
-            return Attention(width, head_dim) if resolution in attn_resolutions else nn.Identity()
+        def stage(channels_in: list[int], width: int, resolution: int, resample) -> Stage:
+            """A block for each of `channels_in`, the channels that come into it."""
+            attends = resolution in attn_resolutions
+            blocks = [ResidualBlock(c, width, time_dim, dropout) for c in channels_in]
+            attentions = [Attention(width, head_dim) if attends else nn.Identity() for _ in blocks]
+            return Stage(blocks, attentions, resample)
 
         # Down: `skips` remembers the channels of every output that an up block will take back.
         self.down = nn.ModuleList()
         width, resolution, skips = channels, img_size, [channels]
         for i, mult in enumerate(mults):
-            blocks, attentions = [], []
-            for _ in range(num_res_blocks):
-                blocks.append(ResidualBlock(width, channels * mult, time_dim, dropout))
-                width = channels * mult
-                attentions.append(attention(width, resolution))
-                skips.append(width)
-            last = i == len(mults) - 1
+            channels_in = [width] + [channels * mult] * (num_res_blocks - 1)
+            width, last = channels * mult, i == len(mults) - 1
             resample = nn.Identity() if last else nn.Conv2d(width, width, 3, stride=2, padding=1)
-            self.down.append(Stage(blocks, attentions, resample))
-            if not last:
-                resolution //= 2
-                skips.append(width)
+            self.down.append(stage(channels_in, width, resolution, resample))
+            skips += [width] * (num_res_blocks if last else num_res_blocks + 1)
+            resolution = resolution if last else resolution // 2
 
         self.middle_block1 = ResidualBlock(width, width, time_dim, dropout)
         self.middle_attention = Attention(width, head_dim)
@@ -201,14 +199,12 @@ class UNet(nn.Module):
 
         self.up = nn.ModuleList()
         for i, mult in reversed(list(enumerate(mults))):
-            blocks, attentions = [], []
+            channels_in = []
             for _ in range(num_res_blocks + 1):
-                blocks.append(
-                    ResidualBlock(width + skips.pop(), channels * mult, time_dim, dropout)
-                )
+                channels_in.append(width + skips.pop())
                 width = channels * mult
-                attentions.append(attention(width, resolution))
-            self.up.append(Stage(blocks, attentions, Upsample(width) if i else nn.Identity()))
+            resample = Upsample(width) if i else nn.Identity()
+            self.up.append(stage(channels_in, width, resolution, resample))
             resolution *= 2
 
         self.norm_out = GroupNorm(width, silu=True)
