@@ -15,6 +15,7 @@ float32 from the same noise at the same timesteps, are asserted to agree to half
 
 import sys
 import tempfile
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -185,14 +186,15 @@ def largest_difference(
 
 def run_rows(wish: SampleSpeed, path: Path, device: torch.device) -> list[list[str]]:
     """The lines of the table. Before them the pictures are compared."""
-    workers = {"ours": Worker(Ours, path, device), "diffusers": Worker(Diffusers, path, device)}
-    if device.type == "cuda":
-        workers["diffusers float16"] = Worker(Diffusers, path, device, True)
     kinds = [(sampler, n, wish.rounds) for sampler in ("ddim", "dpm++") for n in wish.steps]
     if wish.ddpm_steps:
         kinds.append(("ddpm", wish.ddpm_steps, wish.ddpm_rounds))
+    makers = {"ours": (Ours, path, device), "diffusers": (Diffusers, path, device)}
+    if device.type == "cuda":
+        makers["diffusers float16"] = (Diffusers, path, device, True)
     lines = []
-    try:
+    with ExitStack() as stack:
+        workers = {name: stack.enter_context(Worker(*row)) for name, row in makers.items()}
         steps, count = min(wish.steps, default=10), min(8, wish.num_images)
         difference, weights = workers["diffusers"]("compare", steps, count)
         print(
@@ -208,9 +210,6 @@ def run_rows(wish: SampleSpeed, path: Path, device: torch.device) -> list[list[s
             line = [sampler, f"{steps}", *(f"{median(each):.3g}" for each in seconds.values())]
             peers = [each for name, each in seconds.items() if name != "ours"]
             lines.append([*line, *(f"{ratio(each, seconds['ours']):.2f}" for each in peers)])
-    finally:
-        for worker in workers.values():
-            worker.__exit__()
     return lines
 
 

@@ -17,6 +17,7 @@ picture costs three times the FLOPs of its forward pass.
 
 import importlib.util
 import sys
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -129,14 +130,15 @@ def check_same_network(abouts: dict[str, dict]) -> str:
 def run_rows(wish: TrainSpeed, device: torch.device) -> tuple[dict[str, Measured], dict, dict]:
     """Measure all rows in turn. Returns them, what the machine can do in each precision (TFLOP/s of
     matrix products and of convolutions, in each round), and the parts of our step."""
-    workers = {name: Worker(*row) for name, row in makers(wish, device).items()}
-    rates_of = Machine(config_of(wish), device).rates
-    try:
+    with ExitStack() as stack:
+        workers = {
+            name: stack.enter_context(Worker(*row)) for name, row in makers(wish, device).items()
+        }
         rows = {name: Measured(worker("about")) for name, worker in workers.items()}
         if any(row.about["same_network"] for row in rows.values()):
             print(check_same_network({name: row.about for name, row in rows.items()}))
         precisions = sorted({row.about["precision"] for row in rows.values()})
-        steps = wish.steps_per_round
+        steps, rates_of = wish.steps_per_round, Machine(config_of(wish), device).rates
         calls = {name: partial(worker, "time", steps) for name, worker in workers.items()}
         for precision in precisions:
             calls[f"rates {precision}"] = partial(rates_of, precision)
@@ -151,10 +153,7 @@ def run_rows(wish: TrainSpeed, device: torch.device) -> tuple[dict[str, Measured
             parts = {"seconds": workers["ours"]("parts"), "constant": answers["constant"]}
             if device.type == "cuda":
                 parts["waits"] = workers["ours"]("synchronises")
-        return rows, rates, parts
-    finally:
-        for worker in workers.values():
-            worker.__exit__()
+    return rows, rates, parts
 
 
 def format_rows(wish: TrainSpeed, rows: dict[str, Measured], rates: dict, reference: str) -> str:

@@ -37,7 +37,7 @@ def read_tables(text: str) -> list[dict[str, dict[str, str]]]:
 
 def run(script: str, *arguments: str) -> str:
     """What a benchmark prints; it leaves nothing in the current folder."""
-    result = run_script(f"benchmarks/{script}.py", *arguments)
+    result = run_script(f"benchmarks/{script}.py", *arguments, timeout=600)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "machine: " in result.stdout.splitlines()[-1]
     return result.stdout
