@@ -11,9 +11,12 @@ from conftest import TINY, assert_error, run_script, tensors_equal
 from PIL import Image
 
 from errors import CheckpointError, UsageError
-from sample import Sample, generate, load_trained, sample
+from sample import Sample, generate, load_trained, main, sample
 from train import Config, train
 from utils import checkpoint_path, find_checkpoint, load_checkpoint
+
+
+HALF_A_GREY_LEVEL = 1 / 255  # of pictures in [-1, 1]; eps at the start is divided by 1 / 80
 
 
 def tiny(**changes) -> Config:
@@ -57,9 +60,9 @@ def test_picture_i_is_the_same_whatever_the_batch_size(run, sampler):
         for size in (7, 3, 1)
     ]
     for other in draw[1:]:
-        torch.testing.assert_close(draw[0], other, rtol=0, atol=1e-4)
+        torch.testing.assert_close(draw[0], other, rtol=0, atol=HALF_A_GREY_LEVEL)
     alone = next(generate(trained, [5], 3, sampler=sampler, steps=4))
-    torch.testing.assert_close(draw[0][5:6], alone, rtol=0, atol=1e-4)
+    torch.testing.assert_close(draw[0][5:6], alone, rtol=0, atol=HALF_A_GREY_LEVEL)
     assert draw[0].min() >= -1 and draw[0].max() <= 1
 
 
@@ -135,9 +138,15 @@ def test_noise_between_two_pictures_is_as_long_as_noise(run):
         (["--whatever"], "--whatever"),
     ],
 )
-def test_bad_flags_are_one_line_and_leave_nothing(run, words, part):
-    assert_error(run_script("sample.py", *words), 2, part)
+def test_bad_flags_are_one_line_and_leave_nothing(run, monkeypatch, words, part):
+    monkeypatch.setattr("sys.argv", ["sample.py", *words])
+    with pytest.raises(UsageError, match=f"^{part}: .*Fix: [^\n]*$"):
+        main()
     assert not list(run.parent.glob("*.png"))
+
+
+def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(here):
+    assert_error(run_script("sample.py", "--steps", "0"), 2, "--steps: is 0")
 
 
 def test_checkpoint_of_another_kind_is_refused(run):
