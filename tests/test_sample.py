@@ -15,7 +15,6 @@ from sample import Sample, generate, load_trained, main, sample
 from train import Config, train
 from utils import checkpoint_path, find_checkpoint, load_checkpoint
 
-
 HALF_A_GREY_LEVEL = 1 / 255  # of pictures in [-1, 1]; eps at the start is divided by 1 / 80
 
 
