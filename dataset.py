@@ -155,7 +155,7 @@ def _load_drawn(img_size: int) -> tuple[str, np.ndarray, np.ndarray]:
     key = f"drawn_{img_size}_{NUM_DRAWN}_{hashlib.sha256(code).hexdigest()[:16]}"
     labels, shape = [], (NUM_DRAWN, len(drawn_faces.ATTRIBUTES))
     beside = PREPARED / f"{key}_attributes.npy"
-    if _map(beside, shape, np.int8) is None:
+    if load_array(beside, shape, np.int8) is None:
         (PREPARED / f"{key}.npy").unlink(missing_ok=True)  # of no use without them
 
     def draw() -> Iterator[np.ndarray]:
@@ -165,10 +165,10 @@ def _load_drawn(img_size: int) -> tuple[str, np.ndarray, np.ndarray]:
             labels.append(np.stack(has))
             yield np.stack(pixels)
         # This runs before the pictures are renamed: where they are, their attributes are too.
-        _write(f"{key}_attributes", shape, np.int8, labels)
+        save_array(f"{key}_attributes", shape, np.int8, labels)
 
     images = _prepare(key, NUM_DRAWN, img_size, draw)
-    return key, images, _map(beside, shape, np.int8)
+    return key, images, load_array(beside, shape, np.int8)
 
 
 # ---- The prepared array: written once, whole or not at all ----
@@ -185,7 +185,7 @@ def _prepare(
 ) -> np.ndarray:
     """Map the array of this key, (count, S, S, 3) uint8; where it is not there, make it first."""
     path, shape = PREPARED / f"{key}.npy", (count, img_size, img_size, 3)
-    if (images := _map(path, shape)) is not None:
+    if (images := load_array(path, shape)) is not None:
         return images
 
     def chunks() -> Iterator[np.ndarray]:
@@ -196,12 +196,12 @@ def _prepare(
                 bar.update(len(chunk))
 
     print(f"preparing {count:,} faces once, for {path}", file=sys.stderr)
-    _write(key, shape, np.uint8, chunks())
+    save_array(key, shape, np.uint8, chunks())
     print(f"prepared {count:,} faces", file=sys.stderr)
-    return _map(path, shape)
+    return load_array(path, shape)
 
 
-def _map(path: Path, shape: tuple[int, ...], dtype: type = np.uint8) -> np.ndarray | None:
+def load_array(path: Path, shape: tuple[int, ...], dtype: type = np.uint8) -> np.ndarray | None:
     """Return the array of a file, or None where that is not just what was once written."""
     try:
         array = np.load(path, mmap_mode="r")
@@ -211,15 +211,18 @@ def _map(path: Path, shape: tuple[int, ...], dtype: type = np.uint8) -> np.ndarr
     return array if whole and array.shape == shape and array.dtype == dtype else None
 
 
-def _write(name: str, shape: tuple[int, ...], dtype: type, chunks: Iterable[np.ndarray]) -> None:
+def save_array(
+    name: str, shape: tuple[int, ...], dtype: type, chunks: Iterable[np.ndarray]
+) -> None:
     """Write an array, chunk by chunk, under a name of this process, and rename it once it is safe
     on the disk. Not through a map: there a full disk is a signal that kills."""
     path, aside = PREPARED / f"{name}.npy", PREPARED / f"{name}.{os.getpid()}.part"
     header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+    size = math.prod(shape) * np.dtype(dtype).itemsize
     try:
         PREPARED.mkdir(parents=True, exist_ok=True)
         _remove_stale()
-        if shutil.disk_usage(PREPARED).free < math.prod(shape):
+        if shutil.disk_usage(PREPARED).free < size:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         with open(aside, "wb") as file:
             np.lib.format.write_array_header_1_0(file, header)
@@ -229,7 +232,7 @@ def _write(name: str, shape: tuple[int, ...], dtype: type, chunks: Iterable[np.n
             os.fsync(file.fileno())
         os.replace(aside, path)
     except OSError as error:
-        what = f"cannot hold the {math.prod(shape):,} bytes of {path.name} ({error.strerror})"
+        what = f"cannot hold the {size:,} bytes of {path.name} ({error.strerror})"
         fix = "make room there, or start from a folder on another disk"
         raise ResourceError(PREPARED.absolute(), what, fix) from error
     finally:
@@ -325,6 +328,16 @@ class Batches:
         if self.cuda:
             picks, pixels = picks.pin_memory(), None if pixels is None else pixels.pin_memory()
         return picks, pixels
+
+
+def drop_attributes(attributes: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    """Attributes with some of them set to 0, not said: all of a `share` of the faces (Ho and
+    Salimans 2022), and of half of the others each by a coin toss, so that any can be asked for by
+    itself. attributes: (B, K)."""
+    options = dict(generator=generator, device=attributes.device)
+    face = torch.rand(len(attributes), 1, **options)
+    coin = torch.rand(attributes.shape, **options) < 0.5
+    return attributes * ((face >= share) & (coin | (face >= (1 + share) / 2)))
 
 
 def to_x_0(pixels: Tensor) -> Tensor:

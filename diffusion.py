@@ -173,12 +173,16 @@ class Diffusion:
         eps = draw_noise(x_0.shape, generator, self.device, x_0.dtype)
         x_t = self.q_sample(x_0, t, eps)
         guess = model(x_t, t) if attributes is None else model(x_t, t, attributes)
-        target = eps
-        if self.prediction == "v":
-            signal = self.sqrt_alphas_cumprod[t].view(-1, 1, 1, 1)
-            noise = self.sqrt_one_minus_alphas_cumprod[t].view(-1, 1, 1, 1)
-            target = signal * eps - noise * x_0
+        target = self.target(x_0, t, eps)
         return F.mse_loss(guess.to(target.dtype), target)
+
+    def target(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """What the network is to answer at x_t: the noise, or v. Shapes as in `q_sample`."""
+        if self.prediction == "eps":
+            return eps
+        signal = self.sqrt_alphas_cumprod[t].view(-1, 1, 1, 1)
+        noise = self.sqrt_one_minus_alphas_cumprod[t].view(-1, 1, 1, 1)
+        return signal * eps - noise * x_0
 
     # Sampling ------------------------------------------------------------------------------------
 
@@ -216,7 +220,7 @@ class Diffusion:
 
         def guess(x_t: Tensor, t: float, alpha_bar: float) -> tuple[Tensor, Tensor]:
             output = self._evaluate(model, x_t, t, attributes, guidance)
-            return self._split(output, x_t, alpha_bar)
+            return self.split(output, x_t, alpha_bar)
 
         x = noise() if x_T is None else x_T.to(self.device, self.dtype)
         if sampler == "dpm++":
@@ -245,10 +249,12 @@ class Diffusion:
         with_condition, without = answers.chunk(2)
         return without + guidance * (with_condition - without)
 
-    def _split(self, output: Tensor, x_t: Tensor, alpha_bar: float) -> tuple[Tensor, Tensor]:
+    def split(
+        self, output: Tensor, x_t: Tensor, alpha_bar: float | Tensor
+    ) -> tuple[Tensor, Tensor]:
         """(x_0, eps) of x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps as the network's output
-        says, x_0 held in [-1, 1] and eps made to fit it."""
-        signal, noise = math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
+        says, x_0 held in [-1, 1] and eps made to fit it. alpha_bar: one, or (B, 1, 1, 1)."""
+        signal, noise = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
         if self.prediction == "v":
             x_0 = signal * x_t - noise * output
         else:

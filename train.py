@@ -24,9 +24,10 @@ from PIL import Image
 from torch import Tensor
 
 import cli
-from dataset import Batches, load_faces, sheet_rows
+from dataset import Batches, drop_attributes, load_faces, sheet_rows
 from diffusion import Diffusion, image_generators
 from errors import Interrupted, UsageError
+from likelihood import held_out_loss
 from log import Progress, RunLog, say
 from safety import StopSignals, Watch, agreed_stop, lock_folder, preflight
 from state import autocast_dtype, diffusion_arguments, make_state, take_up, unet_arguments
@@ -55,7 +56,7 @@ class Config:
     img_size: int = 64  # pixels of a side: 32, 64, 128, 192, 256
     only: tuple[str, ...] = ()  # train on the faces with these attributes: Smiling Male=-1
     attributes: tuple[str, ...] = ()  # learn to draw faces by these: Smiling Male Eyeglasses
-    attribute_dropout: float = 0.1  # share of faces shown without them, as many with some of them
+    attribute_dropout: float = 0.1  # share of faces shown without any; half the rest with some
     # The network
     channels: int = 128  # channels of the first stage
     channel_mults: tuple[int, ...] = ()  # times `channels`, for each stage; empty: by img_size
@@ -132,24 +133,19 @@ def check_config(config: Config) -> None:
     check(0 < config.max_grad_norm < math.inf, "max_grad_norm", "a number above 0, such as 1")
     check(0 <= config.ema_decay < 1, "ema_decay", "a number from 0 to below 1")
     check(0 <= config.dropout < 1, "dropout", "a number from 0 to below 1")
-    check(0 <= config.attribute_dropout <= 0.5, "attribute_dropout", "a number from 0 to 0.5")
+    check(0 <= config.attribute_dropout <= 1, "attribute_dropout", "a number from 0 to 1")
     unique = len(set(config.attributes)) == len(config.attributes)
     check(unique, "attributes", "each name once")
-    check(
-        config.channels >= 4 and config.channels % 4 == 0, "channels", "a multiple of 4, such as 64"
-    )
-    name_parts = Path(config.experiment_name).parts
-    check(name_parts not in [(), ("..",)], "experiment_name", "a folder's name")
+    fits = config.channels >= 4 and config.channels % 4 == 0
+    check(fits, "channels", "a multiple of 4, such as 64")
+    check(config.experiment_name not in ("", ".", ".."), "experiment_name", "a folder's name")
 
     mults = config.channel_mults or default_channel_mults(config.img_size)
     check(min(mults) >= 1, "channel_mults", "whole numbers from 1, such as 1 2 2 2")
     smallest = 2 ** (len(mults) - 1)
     fits = config.img_size >= 8 and config.img_size % smallest == 0
-    check(
-        fits,
-        "img_size",
-        f"a multiple of {smallest} from 8, as {len(mults)} stages need, such as 64",
-    )
+    allowed = f"a multiple of {smallest} from 8, as {len(mults)} stages need, such as 64"
+    check(fits, "img_size", allowed)
     for mult in mults:
         heads = max(1, config.channels * mult // config.head_dim)
         fits = config.channels * mult % heads == 0
@@ -164,16 +160,6 @@ def learning_rate(config: Config, step: int) -> float:
     after = max(0, step - config.warmup_steps)
     progress = after / max(1, config.num_training_steps - config.warmup_steps)
     return config.learning_rate * warmup * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-
-
-def drop_attributes(attributes: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """Attributes with some of them set to 0, not said: all of a `share` of the faces (Ho and
-    Salimans 2022), and of as many again each one by a coin toss, so that any of them can be asked
-    for by itself. attributes: (B, K)."""
-    options = dict(generator=generator, device=attributes.device)
-    face = torch.rand(len(attributes), 1, **options)
-    coin = torch.rand(attributes.shape, **options) < 0.5
-    return attributes * ((face >= 2 * share) | ((face >= share) & coin))
 
 
 def train_step(config, state, diffusion, batches, forward, dtype, rank=0) -> tuple[Tensor, Tensor]:
@@ -233,6 +219,19 @@ def draw_samples(config, model, diffusion, dtype, stop, steps=20) -> Image.Image
             if stop.received:
                 return None
     return image_grid(faces, columns if labels else 0, labels)
+
+
+def measure_held_out(model, diffusion, faces, dtype) -> dict[str, float]:
+    """The loss on faces that are kept out of training, always with the same noise, as what the
+    log is to show; nothing where all faces are trained on."""
+    some = faces.held_out[:400]
+    if len(some) == 0:
+        return {}
+    options = dict(timesteps=diffusion.timesteps(50), draws=8, dtype=dtype)
+    held_out = held_out_loss(
+        model, diffusion, faces.images[some], faces.attributes[some], **options
+    )
+    return {"held_out_loss": float(held_out.loss.mean())}
 
 
 def describe(config, faces, model, accelerator, dtype) -> None:
@@ -314,6 +313,8 @@ def train(config: Config) -> Path:
                     values = watch.read(step, lambda totals: accelerator.reduce(totals, "mean"))
                     values["learning_rate"] = learning_rate(config, step - 1)
                     values["images_per_second"] = progress.log(values["loss"])
+                    if log and saving:
+                        values |= measure_held_out(state.ema.model, diffusion, faces, dtype)
                     if log:
                         log.scalars(step, values)
 

@@ -35,19 +35,6 @@ def machine(device: torch.device) -> str:
     return f"machine: {name}, {threads}, {versions}, load before {os.getloadavg()[0]:.1f}"
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in GitHub's markdown: the first column to the left, the others to the right."""
-    widths = [max(len(line[i]) for line in [columns, *rows]) for i in range(len(columns))]
-
-    def line(cells: Sequence[str]) -> str:
-        padded = [cells[0].ljust(widths[0])]
-        padded += [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
-        return f"| {' | '.join(padded)} |"
-
-    rules = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    return "\n".join([line(columns), line(rules), *map(line, rows)])
-
-
 def measure(calls: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
     """Make every call once a round, and return what each of them answered in each round.
 

@@ -41,10 +41,10 @@ from benchmarks.common import (
     peak_memory,
     ratio,
     seconds_of,
-    table,
 )
 from benchmarks.peers import Ours, check_positive
 from dataset import PREPARED, Batches, Faces, load_faces
+from log import table
 from sources import decode_all, face_box, find_source
 from train import DEMO, Config
 

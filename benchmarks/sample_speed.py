@@ -35,11 +35,11 @@ from benchmarks.common import (
     measure,
     ratio,
     seconds_of,
-    table,
 )
 from benchmarks.peers import check_positive, diffusers_network, make_config
 from diffusion import Diffusion
 from errors import UsageError
+from log import table
 from sample import generate, load_trained
 from state import diffusion_arguments, unet_arguments
 from train import Config

@@ -28,7 +28,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import cli
-from benchmarks.common import Worker, find_device, machine, measure, ratio, table
+from benchmarks.common import Worker, find_device, machine, measure, ratio
 from benchmarks.peers import (
     DenoisingDiffusionPytorch,
     Diffusers,
@@ -38,6 +38,7 @@ from benchmarks.peers import (
     make_config,
 )
 from errors import UsageError
+from log import table
 from train import Config
 
 ROWS = {

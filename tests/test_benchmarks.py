@@ -10,9 +10,10 @@ from conftest import assert_error, run_script
 from torch import nn
 
 from benchmarks import data_speed, sample_speed, train_speed
-from benchmarks.common import Worker, measure, ratio, table
+from benchmarks.common import Worker, measure, ratio
 from benchmarks.peers import diffusers_network, forward_flops, make_config
 from errors import UsageError
+from log import table
 
 TINY = ["--img_size", "8", "--channels", "64", "--channel_mults", "1", "1", "--rounds", "1"]
 SMALL = make_config(img_size=8, channels=64, channel_mults=(1, 1))

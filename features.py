@@ -1,0 +1,233 @@
+"""Pictures as vectors, and the distances between sets of vectors: Frechet distance (FID, Heusel et
+al. 2017), kernel distance (KID, Binkowski et al. 2018), nearest neighbours (Yoon et al. 2023).
+
+    features = find_features("inception")               # or "module:callable", or "none"
+    vectors = features.of(images)                       # (N, S, S, 3) uint8 -> (N, D) float32
+    frechet_distance(vectors, others), kernel_distance(vectors, others)
+"""
+
+import hashlib
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from dataset import PREPARED, load_array, save_array, to_x_0
+from errors import ResourceError, UsageError
+
+BATCH = 128  # pictures at a time, for the network
+BLOCK = 4096  # pictures at a time, to compare
+COPY = 1 / 3  # nearest by this much nearer than the second nearest: as good as a copy
+
+
+@dataclass(frozen=True)
+class Features:
+    """A function from uint8 pictures (B, 3, S, S) to vectors (B, D), and its name."""
+
+    name: str
+    function: Callable[[Tensor], Tensor]
+    size: int = 0  # pixels that the pictures are resized to first; 0: as they are
+
+    def of(self, images: np.ndarray, indices: np.ndarray | None = None) -> np.ndarray:
+        """(N, D) float32 of images (N, S, S, 3) uint8, or of those at `indices`. Raises UsageError
+        where the function does not give a vector for each."""
+        indices = np.arange(len(images)) if indices is None else indices
+        vectors = []
+        for start in tqdm(range(0, len(indices), BATCH), f"{self.name} features", disable=None):
+            batch = torch.from_numpy(images[indices[start : start + BATCH]]).permute(0, 3, 1, 2)
+            vectors.append(self._of_batch(batch.contiguous()))
+        return np.concatenate(vectors)
+
+    def _of_batch(self, batch: Tensor) -> np.ndarray:
+        if self.size and self.size != batch.shape[-1]:
+            size = (self.size, self.size)
+            batch = F.interpolate(batch.float(), size, mode="bilinear", antialias=True)
+            batch = batch.round().clamp(0, 255).to(torch.uint8)
+        try:
+            with torch.no_grad():
+                vectors = self.function(batch)
+        except Exception as error:  # somebody else's code
+            raise self._wrong(f"fails on uint8 {tuple(batch.shape)}: {error}") from error
+        shape = tuple(getattr(vectors, "shape", ()))
+        if not isinstance(vectors, Tensor) or len(shape) != 2 or shape[0] != len(batch):
+            raise self._wrong(f"gives {shape or type(vectors).__name__}, not ({len(batch)}, D)")
+        if not torch.isfinite(vectors).all():
+            raise self._wrong("gives numbers that are not finite")
+        return vectors.float().cpu().numpy()
+
+    def _wrong(self, what: str) -> UsageError:
+        fix = "give a function from (B, 3, S, S) uint8 to (B, D) float32"
+        return UsageError("--features", f"{self.name} {what}", fix)
+
+    def cached(self, images: np.ndarray, indices: np.ndarray, key: str) -> np.ndarray:
+        """`of(images, indices)`, kept on disk beside the prepared pictures. key: names `images`.
+
+        The file's name follows from the key, the indices, the size and what the function makes of
+        a few fixed pictures, so that no other data, crop or network is ever mixed up with it."""
+        random = np.random.default_rng(0)
+        pictures = random.integers(0, 256, (4, *images.shape[1:]), dtype=np.uint8)
+        probe = self._of_batch(torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous())
+        text = " ".join(f"{value:.3g}" for value in probe.flatten())  # rounded: threads differ
+        parts = (key, self.size, len(indices), text)
+        digest = hashlib.sha256(repr(parts).encode() + indices.tobytes()).hexdigest()[:16]
+        name = f"{key}_features_{digest}"
+        shape = (len(indices), probe.shape[1])
+        kept = load_array(PREPARED / f"{name}.npy", shape, np.float32)
+        if kept is None:
+            kept = self.of(images, indices)
+            save_array(name, shape, np.float32, [kept])
+        return np.asarray(kept)
+
+
+def find_features(spec: str, size: int = 0, device: str = "cpu") -> Features | None:
+    """The features of this name: "inception" (FID's network, whose weights are fetched on first
+    use), "none", or "module:callable", a function from uint8 (B, 3, S, S) to (B, D), or one without
+    arguments that returns such a function.
+
+    Raises UsageError where there is no such function, ResourceError where the weights cannot be
+    had."""
+    if spec == "none":
+        return None
+    if spec == "inception":
+        return Features(spec, _inception(device), size)
+    module_name, colon, name = spec.partition(":")
+    fix = "give inception, none, or module:callable, such as my_features:load"
+    if not (module_name and colon and name):
+        raise UsageError("--features", f"is {spec!r}", fix)
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        function = getattr(importlib.import_module(module_name), name)
+        needed = inspect.signature(function).parameters.values()
+        if all(
+            p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in needed
+        ):
+            function = function()
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise UsageError("--features", f"{spec}: {error}", fix) from error
+    if not callable(function):
+        raise UsageError("--features", f"{spec} is no function", fix)
+    return Features(spec, function, size)
+
+
+def _inception(device: str) -> Callable[[Tensor], Tensor]:
+    from torchmetrics.image.fid import NoTrainInceptionV3
+
+    try:
+        model = NoTrainInceptionV3(name="inception-v3-compat", features_list=["2048"])
+    except OSError as error:  # urllib's errors are of this kind
+        what = f"Inception's weights could not be fetched ({error})"
+        fix = "connect once, or give --features module:callable, or --features none for the rest"
+        raise ResourceError("--features", what, fix) from error
+    model = model.to(device)
+    return lambda images: model(images.to(device))
+
+
+# Distances ---------------------------------------------------------------------------------------
+
+
+class _Vectors(nn.Module):
+    """Stands where torchmetrics expects a network: the vectors are there already."""
+
+    def __init__(self, num_features: int):
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        return vectors
+
+
+def _measure(metric: nn.Module, a: np.ndarray, b: np.ndarray):
+    metric.update(torch.from_numpy(a).double(), real=True)
+    metric.update(torch.from_numpy(b).double(), real=False)
+    return metric.compute()
+
+
+def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
+    """Between the normal distributions fitted to vectors a (N, D) and b (M, D), in float64; FID
+    where they are Inception's (Heusel et al. 2017 eq. 6)."""
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    return float(_measure(FrechetInceptionDistance(_Vectors(a.shape[1])), a, b))
+
+
+def kernel_distance(a: np.ndarray, b: np.ndarray, subset_size: int = 1000) -> tuple[float, float]:
+    """The squared maximum mean discrepancy of vectors a (N, D) and b (M, D) under the cubic kernel,
+    unbiased: mean and standard deviation over 100 random subsets (Binkowski et al. 2018)."""
+    from torchmetrics.image.kid import KernelInceptionDistance
+
+    size = min(subset_size, len(a), len(b))
+    metric = KernelInceptionDistance(_Vectors(a.shape[1]), subsets=100, subset_size=size)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        mean, deviation = _measure(metric, a, b)
+    return float(mean), float(deviation)
+
+
+def nearest(
+    queries: np.ndarray, mirrored: np.ndarray, blocks: Iterable[np.ndarray], keep: int = 2
+) -> tuple[np.ndarray, np.ndarray]:
+    """The `keep` vectors nearest to each query or to its mirror image: indices and Euclidean
+    distances, (Q, keep), nearest first.
+
+    queries, mirrored: (Q, D) float32; blocks: the vectors to search, (n, D) float32 at a time."""
+    both = [torch.from_numpy(queries), torch.from_numpy(mirrored)]
+    best = torch.full((len(queries), 0), 0.0, dtype=torch.float64)
+    found = torch.empty((len(queries), 0), dtype=torch.int64)
+    first = 0
+    for block in blocks:
+        block = torch.from_numpy(block)
+        rough = torch.minimum(*(torch.cdist(q, block) for q in both))
+        # The product behind cdist rounds: a few more than asked for, then exactly.
+        picks = rough.topk(min(keep + 2, len(block)), largest=False).indices
+        exact = [(q[:, None] - block[picks]).double().norm(dim=2) for q in both]
+        best = torch.cat([best, torch.minimum(*exact)], dim=1)
+        found = torch.cat([found, picks + first], dim=1)
+        best, order = best.sort(dim=1)
+        best, found = best[:, :keep], found.gather(1, order)[:, :keep]
+        first += len(block)
+    return found.numpy(), best.numpy()
+
+
+def nearest_pixels(
+    images: np.ndarray, others: np.ndarray, indices: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """`nearest` of pictures, (N, S, S, 3) uint8, among others at `indices`, by their pixels in
+    [-1, 1]; what is found are places in `indices`."""
+
+    def flat(pictures: np.ndarray) -> np.ndarray:
+        return to_x_0(torch.from_numpy(np.ascontiguousarray(pictures))).flatten(1).numpy()
+
+    def blocks() -> Iterator[np.ndarray]:
+        for start in tqdm(range(0, len(indices), BLOCK), "nearest by pixels", disable=None):
+            yield flat(others[indices[start : start + BLOCK]])
+
+    return nearest(flat(images), flat(images[:, :, ::-1]), blocks())
+
+
+def nearest_features(
+    images: np.ndarray, features: Features, known: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """`nearest` of pictures, (N, S, S, 3) uint8, among known vectors, by features."""
+    mirrored = features.of(np.ascontiguousarray(images[:, :, ::-1]))
+    blocks = (known[start : start + BLOCK] for start in range(0, len(known), BLOCK))
+    return nearest(features.of(images), mirrored, blocks)
+
+
+def copies(distances: np.ndarray) -> dict[str, float]:
+    """What the distances to the nearest and the second nearest, (N, 2), say: the share of copies,
+    whose nearest is less than a third as far as the second; medians of the ratio and the first."""
+    ratio = distances[:, 0] / np.maximum(distances[:, 1], 1e-12)
+    return {
+        "copies": float((ratio < COPY).mean()),
+        "median_ratio": float(np.median(ratio)),
+        "median_distance": float(np.median(distances[:, 0])),
+    }
