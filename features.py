@@ -10,6 +10,7 @@ import hashlib
 import importlib
 import inspect
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,7 +136,8 @@ def _inception(device: str) -> Callable[[Tensor], Tensor]:
 
 
 class _Vectors(nn.Module):
-    """Stands where torchmetrics expects a network: the vectors are there already."""
+    """Stands where torchmetrics expects a network: the vectors are there already. The main process
+    measures alone, so the metrics are told not to ask the others."""
 
     def __init__(self, num_features: int):
         super().__init__()
@@ -156,7 +158,9 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     where they are Inception's (Heusel et al. 2017 eq. 6)."""
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    return float(_measure(FrechetInceptionDistance(_Vectors(a.shape[1])), a, b))
+    return float(
+        _measure(FrechetInceptionDistance(_Vectors(a.shape[1]), sync_on_compute=False), a, b)
+    )
 
 
 def kernel_distance(a: np.ndarray, b: np.ndarray, subset_size: int = 1000) -> tuple[float, float]:
@@ -165,8 +169,11 @@ def kernel_distance(a: np.ndarray, b: np.ndarray, subset_size: int = 1000) -> tu
     from torchmetrics.image.kid import KernelInceptionDistance
 
     size = min(subset_size, len(a), len(b))
-    metric = KernelInceptionDistance(_Vectors(a.shape[1]), subsets=100, subset_size=size)
-    with torch.random.fork_rng():
+    with warnings.catch_warnings(), torch.random.fork_rng():
+        warnings.simplefilter("ignore")  # that it keeps the vectors, which are small
+        metric = KernelInceptionDistance(
+            _Vectors(a.shape[1]), subsets=100, subset_size=size, sync_on_compute=False
+        )
         torch.manual_seed(0)
         mean, deviation = _measure(metric, a, b)
     return float(mean), float(deviation)

@@ -235,9 +235,10 @@ def test_run_leaves_what_the_design_says(here):
     assert Image.open(folder / "samples" / grids[0]).size == (2 * 10 + 2, 2 * 10 + 2)
     assert Image.open(folder / "loss.png").size[0] > 300
     events = EventAccumulator(str(folder)).Reload()
-    scalars = {"loss", "learning_rate", "grad_norm", "images_per_second"}
+    scalars = {"loss", "learning_rate", "grad_norm", "images_per_second", "held_out_loss"}
     assert set(events.Tags()["scalars"]) == scalars and events.Tags()["images"] == ["samples"]
     assert [e.step for e in events.Scalars("loss")] == [2, 3, 4, 6]
+    assert [e.step for e in events.Scalars("held_out_loss")] == [3, 6]
     config = tiny(num_training_steps=6, log_every=2, save_every=3)
     rates = {e.step: e.value for e in events.Scalars("learning_rate")}
     assert rates[2] == pytest.approx(learning_rate(config, 1))

@@ -1,0 +1,268 @@
+"""What is said of a checkpoint: complete, repeatable, and never of the wrong pictures."""
+
+import json
+import shutil
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY, assert_error, flags, run_script
+from PIL import Image
+
+import dataset
+import evaluate as evaluate_module
+from dataset import load_faces
+from errors import UserError
+from evaluate import Evaluate, evaluate, measure_pictures, split_real
+from features import find_features
+from sample import generate, load_trained
+from train import Config, train
+from utils import checkpoint_path, load_checkpoint, save_checkpoint, to_uint8
+
+SMALL = Evaluate(
+    checkpoint="run",
+    path_to_data="pictures",
+    num_images=6,
+    samplers=("dpm++:2", "ddim:3"),
+    features="mine:load",
+    loss_draws=1,
+    batch_size=4,
+)
+
+
+def as_flags(wish: Evaluate) -> list[str]:
+    return flags({field.name: getattr(wish, field.name) for field in fields(wish)})
+
+
+@pytest.fixture(scope="module")
+def trained_once(tmp_path_factory):
+    """A folder with 60 pictures, three of them held out, a run on them, and a user's features."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    (folder / "pictures").mkdir()
+    random = np.random.default_rng(1)
+    for i in range(60):
+        pixels = random.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "pictures" / f"{i:03d}.png")
+    (folder / "mine.py").write_text(
+        "def load():\n"
+        "    return lambda x: x.float().unfold(2, 4, 4).unfold(3, 4, 4).mean((4, 5)).flatten(1)\n"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        train(Config(**TINY))
+    return folder
+
+
+@pytest.fixture
+def run(trained_once, tmp_path, monkeypatch):
+    """A copy of it as the current folder; returns the run's."""
+    shutil.copytree(trained_once, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "run"
+
+
+def read(folder) -> dict:
+    return json.loads((folder / "evaluation" / "evaluation.json").read_text())
+
+
+def test_evaluation_says_all_that_it_promises(run, capsys):
+    path = evaluate(SMALL)
+    result, text = json.loads(path.read_text()), capsys.readouterr().out
+    assert (
+        set(result["held_out"]) == {"raw", "ema"} and len(result["held_out"]["ema"]["bands"]) == 10
+    )
+    assert result["held_out"]["raw"] != result["held_out"]["ema"]
+    floor = "real faces (the floor)"
+    assert list(result["samplers"]) == ["dpm++:2", "ddim:3", floor]
+    for name, values in result["samplers"].items():
+        assert values["frechet"] > 0 and "kernel" in values and (name == floor or values["seconds"])
+        assert f"{values['frechet']:.3f}" in text
+    near = [f"{who}, by {how}" for how in ("pixels", "features") for who in ("drawn", "held out")]
+    assert sorted(result["nearest"]) == sorted(near)
+    assert f"{result['held_out']['ema']['bits_per_dim']:.3f}" in text
+    assert result["num_reference"] == 54 and result["step"] == 6
+    assert Image.open(run / "evaluation" / "nearest.png").size[1] == 5 * 10 + 2
+    assert Image.open(run / "evaluation" / "samplers.png").size[1] == 2 * 10 + 2
+
+
+def test_same_evaluation_twice_gives_the_same_numbers(run):
+    evaluate(SMALL)
+    first = read(run)
+    for path in (run / "evaluation").rglob("*.npz"):
+        path.unlink()
+    evaluate(SMALL)
+    again = read(run)
+    for name in ("held_out", "nearest"):
+        assert first[name] == again[name]
+    for name, values in first["samplers"].items():
+        assert values["frechet"] == again["samplers"][name]["frechet"]
+
+
+def test_pictures_are_those_that_sample_draws(run):
+    evaluate(SMALL)
+    trained = load_trained("run")
+    expected = torch.cat(list(generate(trained, range(6), sampler="ddim", steps=3)))
+    paths = sorted((run / "evaluation" / "drawn").glob("ddim_3_ema*/*.npz"))
+    kept = np.concatenate([np.load(path)["images"] for path in paths])
+    difference = kept.astype(int) - to_uint8(expected).permute(0, 2, 3, 1).numpy().astype(int)
+    assert np.abs(difference).max() <= 1
+
+
+@pytest.mark.parametrize("count", [3, 4, 5, 8, 9])
+def test_just_as_many_pictures_are_drawn_as_asked(run, count):
+    evaluate(replace(SMALL, num_images=count, features="none", loss_draws=0))
+    for sampler in ("dpm++_2", "ddim_3"):
+        (folder,) = (run / "evaluation" / "drawn").glob(f"{sampler}_*")
+        assert sum(len(np.load(path)["images"]) for path in folder.iterdir()) == count
+
+
+def test_stopped_in_the_middle_it_goes_on_from_what_is_drawn(run, monkeypatch):
+    calls, real = [], evaluate_module.generate
+
+    def interrupted(trained, numbers, *args, **options):
+        calls.append(numbers)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(trained, numbers, *args, **options)
+
+    monkeypatch.setattr(evaluate_module, "generate", interrupted)
+    wish = replace(SMALL, samplers=("dpm++:2",), num_images=14, features="none", loss_draws=0)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(wish)
+    assert [len(numbers) for numbers in calls] == [4, 4, 4]
+    calls.extend([None] * 3)  # no more interruptions
+    evaluate(wish)
+    assert [numbers.start for numbers in calls[6:]] == [8, 12]
+    evaluate(replace(wish, num_images=16))  # the last part was a smaller one
+    assert [(numbers.start, numbers.stop) for numbers in calls[8:]] == [(12, 16)]
+
+
+def test_other_weights_seeds_and_checkpoints_share_no_pictures(run):
+    wish = replace(SMALL, features="none", loss_draws=0, samplers=("dpm++:2",))
+    evaluate(wish)
+    evaluate(replace(wish, raw=True))
+    evaluate(replace(wish, seed=1))
+    train(Config(**{**TINY, "num_training_steps": 9, "resume": True}))
+    evaluate(wish)
+    folders = sorted((run / "evaluation" / "drawn").iterdir())
+    assert len(folders) == 4
+    pictures = [np.load(sorted(folder.iterdir())[0])["images"] for folder in folders]
+    assert all((a != b).any() for i, a in enumerate(pictures) for b in pictures[:i])
+
+
+def test_real_faces_are_split_without_overlap(run):
+    faces = load_faces("pictures", 8)
+    for count in (2, 3, 20):
+        floor, reference = split_real(replace(SMALL, num_images=count), faces)
+        assert len(floor) == count and not set(floor) & set(reference)
+        assert set(reference) <= set(faces.train)
+        assert set(faces.held_out[:count]) <= set(faces.held_out) and len(set(floor)) == count
+        assert len(set(floor) & set(faces.held_out)) == min(count, 3)
+    assert len(split_real(replace(SMALL, num_reference=7), faces)[1]) == 7
+
+
+def test_planted_training_faces_are_called_copies(run):
+    faces = load_faces("pictures", 8)
+    images = faces.images[faces.train[10:16]]
+    drawn = [evaluate_module.Drawn("planted", np.asarray(images), 1.0)]
+    features = find_features("mine:load")
+    real = split_real(SMALL, faces)
+    said, (by_pixels, by_features) = measure_pictures(SMALL, faces, features, drawn, real)
+    for way in ("pixels", "features"):
+        assert said["nearest"][f"drawn, by {way}"]["copies"] == 1
+        assert said["nearest"][f"drawn, by {way}"]["median_distance"] == 0
+        assert said["nearest"][f"held out, by {way}"]["copies"] == 0
+    assert by_pixels[:, 0].tolist() == by_features[:, 0].tolist() == list(range(10, 16))
+
+
+def test_conditional_network_is_asked_for_what_training_faces_have(here, monkeypatch):
+    monkeypatch.setattr(dataset, "NUM_DRAWN", 60)
+    names = ("Smiling", "Eyeglasses")
+    train(Config(**{**TINY, "path_to_data": "drawn", "attributes": names}))
+    asked, real = [], evaluate_module.generate
+
+    def spy(trained, numbers, *args, **options):
+        asked.append(options["attributes"])
+        return real(trained, numbers, *args, **options)
+
+    monkeypatch.setattr(evaluate_module, "generate", spy)
+    wish = replace(SMALL, path_to_data="drawn", samplers=("dpm++:2",), features="none")
+    evaluate(wish)
+    assert torch.cat(asked).shape == (6, 2) and torch.cat(asked).abs().eq(1).all()
+    assert "held_out" in read(here / "run")
+
+
+def test_held_out_loss_of_an_evaluation_uses_the_weights_it_names(run):
+    state = load_checkpoint(checkpoint_path(run, 6))
+    for weights in state["ema"]["model"].values():
+        weights.zero_()
+    save_checkpoint(checkpoint_path(run, 6), state)
+    evaluate(replace(SMALL, features="none"))
+    held_out = read(run)["held_out"]
+    assert held_out["ema"]["loss"] == pytest.approx(1, abs=0.1)  # no answer: the noise's variance
+    assert held_out["raw"]["loss"] != held_out["ema"]["loss"]
+
+
+def test_other_faces_than_those_of_the_training_are_said(run, capsys):
+    (run.parent / "pictures" / "000.png").unlink()
+    evaluate(replace(SMALL, features="none", loss_draws=0))
+    assert "note: it was trained on other faces" in capsys.readouterr().out
+
+
+def test_faces_come_in_the_checkpoints_size(run):
+    load_faces("pictures", 16)  # another size lies prepared beside it
+    evaluate(replace(SMALL, features="none"))
+    assert "_8_" in read(run)["data"]
+
+
+@pytest.mark.parametrize(
+    "changes,code,said",
+    [
+        (dict(num_images=1), 2, "--num_images"),
+        (dict(batch_size=0), 2, "--batch_size"),
+        (dict(samplers=()), 2, "--samplers"),
+        (dict(samplers=("dpm++",)), 2, "--samplers"),
+        (dict(samplers=("euler:5",)), 2, "--samplers"),
+        (dict(samplers=("ddpm:51",)), 2, "--samplers"),
+        (dict(samplers=("ddim:5", "ddim:5")), 2, "--samplers"),
+        (dict(features="absent:load"), 2, "--features"),
+        (dict(features="json:dumps"), 2, "--features"),
+        (dict(num_reference=55), 3, "--num_reference"),
+        (dict(num_images=59), 3, "--num_reference"),
+        (dict(checkpoint="nowhere"), 4, "nowhere"),
+        (dict(path_to_data="pictures/000.png"), 3, "000.png"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(run, changes, code, said):
+    with pytest.raises(UserError) as error:
+        evaluate(replace(SMALL, **changes))
+    assert error.value.exit_code == code and said in str(error.value)
+    assert not (run / "evaluation" / "evaluation.json").exists()
+
+
+def test_checkpoint_without_average_is_one_line(run):
+    state = load_checkpoint(checkpoint_path(run, 6))
+    del state["ema"], state["format"]
+    save_checkpoint(checkpoint_path(run, 6), state)
+    assert_error(run_script("evaluate.py", *as_flags(SMALL)), 4, "lacks 'ema'")
+
+
+def test_two_processes_draw_just_as_many_pictures(run):
+    import subprocess
+    import sys
+
+    wish = replace(SMALL, num_images=14)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    command += [str(ROOT / "evaluate.py"), *as_flags(wish)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count("real faces (the floor)") == 1
+    (folder,) = (run / "evaluation" / "drawn").glob("ddim_3_*")
+    assert sum(len(np.load(path)["images"]) for path in folder.iterdir()) == 14
+    together = read(run)
+    for path in (run / "evaluation").rglob("*.npz"):
+        path.unlink()
+    evaluate(wish)
+    for name, values in read(run)["samplers"].items():
+        assert values["frechet"] == pytest.approx(together["samplers"][name]["frechet"], rel=1e-2)

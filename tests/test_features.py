@@ -1,0 +1,256 @@
+"""Distances between sets of pictures, against closed forms; and features from anywhere."""
+
+import urllib.error
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import features as features_module
+from errors import ResourceError, UsageError
+from features import (
+    Features,
+    copies,
+    find_features,
+    frechet_distance,
+    kernel_distance,
+    nearest,
+    nearest_features,
+    nearest_pixels,
+)
+
+
+def vectors(count: int, seed: int, shift: float = 0.0) -> np.ndarray:
+    random = np.random.default_rng(seed)
+    mix = np.random.default_rng(99).normal(size=(6, 6))
+    return (random.normal(shift, 1, (count, 6)) @ mix).astype(np.float32)
+
+
+def pictures(count: int, seed: int = 0, side: int = 8) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
+
+
+def means(images: torch.Tensor) -> torch.Tensor:
+    """Features of the tests: the colours' means in the four corners."""
+    half = images.shape[-1] // 2
+    parts = images.float().unfold(2, half, half).unfold(3, half, half).mean((4, 5))
+    return parts.flatten(1)
+
+
+# Distances ---------------------------------------------------------------------------------------
+
+
+def published_frechet(a: np.ndarray, b: np.ndarray) -> float:
+    """The published formula in float64, the root of the product by eigenvalues of a symmetric
+    matrix with the same trace."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    values, axes = np.linalg.eigh(cov_a)
+    root = (axes * np.sqrt(values)) @ axes.T
+    trace = np.sqrt(np.linalg.eigvalsh(root @ cov_b @ root)).sum()
+    difference = a.mean(0) - b.mean(0)
+    return difference @ difference + np.trace(cov_a) + np.trace(cov_b) - 2 * trace
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.5, 3.0])
+def test_frechet_distance_equals_the_published_formula(shift):
+    a, b = vectors(200, 0), vectors(300, 1, shift)
+    assert frechet_distance(a, b) == pytest.approx(published_frechet(a, b), rel=1e-9)
+
+
+def test_frechet_distance_of_a_set_with_itself_is_0():
+    a = vectors(200, 0)
+    assert abs(frechet_distance(a, a)) < 1e-6
+
+
+def closed_kernel(a: np.ndarray, b: np.ndarray) -> float:
+    """Binkowski et al. 2018: k(x, y) = (x y / d + 1)^3, without the pairs of one with itself."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+
+    def kernel(x, y):
+        return (x @ y.T / x.shape[1] + 1) ** 3
+
+    def within(x):
+        k = kernel(x, x)
+        return (k.sum() - np.trace(k)) / (len(x) * (len(x) - 1))
+
+    return within(a) + within(b) - 2 * kernel(a, b).mean()
+
+
+def test_kernel_distance_equals_its_closed_form():
+    a, b = vectors(100, 0), vectors(100, 1, 0.3)
+    mean, deviation = kernel_distance(a, b)  # each subset is the whole
+    assert mean == pytest.approx(closed_kernel(a, b), rel=1e-9) and deviation < 1e-9 * abs(mean)
+
+
+def test_kernel_distance_is_the_same_twice_and_leaves_the_random_state_alone():
+    a, b = vectors(60, 0), vectors(50, 1)
+    torch.manual_seed(5)
+    first = kernel_distance(a, b, subset_size=20)
+    drawn = torch.rand(())
+    torch.manual_seed(6)
+    assert kernel_distance(a, b, subset_size=20) == first and first[1] > 0
+    torch.manual_seed(5)
+    assert torch.rand(()) == drawn
+
+
+# Nearest -----------------------------------------------------------------------------------------
+
+
+def test_planted_picture_is_found_at_distance_0():
+    others, queries = pictures(5000), pictures(6, seed=1)
+    indices = np.arange(1, 5000)
+    queries[2], queries[4] = others[4500], others[17][:, ::-1]  # one of them mirrored
+    places, distances = nearest_pixels(queries, others, indices)
+    assert indices[places[2, 0]] == 4500 and indices[places[4, 0]] == 17
+    assert distances[2, 0] == distances[4, 0] == 0 and (distances[[0, 1, 3, 5]] > 1).all()
+    assert copies(distances)["copies"] == pytest.approx(2 / 6)
+
+
+def test_nearest_equals_a_search_of_all_pairs():
+    queries, known = vectors(7, 0), vectors(300, 1)
+    mirrored = vectors(7, 2)
+    found, distances = nearest(queries, mirrored, [known[:100], known[100:101], known[101:]])
+    pairs = [np.linalg.norm(q[:, None].astype(float) - known, axis=2) for q in (queries, mirrored)]
+    expected = np.minimum(*pairs)
+    assert (found == expected.argsort(axis=1)[:, :2]).all()
+    assert distances == pytest.approx(np.sort(expected, axis=1)[:, :2], rel=1e-6)
+
+
+def test_nearest_by_features_finds_a_mirrored_picture():
+    known, queries = pictures(40), pictures(3, seed=1)
+    queries[1] = known[30][:, ::-1]
+    features = Features("means", means)
+    found, distances = nearest_features(queries, features, features.of(known))
+    assert found[1, 0] == 30 and distances[1, 0] == 0 and distances[0, 0] > 0
+
+
+def test_share_of_copies_counts_those_far_nearer_than_the_second():
+    distances = np.array([[1.0, 4.0], [1.0, 2.0], [0.0, 0.0], [3.0, 9.1]])
+    said = copies(distances)
+    assert said["copies"] == 0.75 and said["median_distance"] == 1.0
+
+
+# Features ----------------------------------------------------------------------------------------
+
+
+def test_features_are_of_the_pictures_in_order():
+    images = pictures(300)
+    picks = np.array([5, 299, 0])
+    expected = means(torch.from_numpy(images[picks]).permute(0, 3, 1, 2)).numpy()
+    assert (Features("means", means).of(images, picks) == expected).all()
+    assert Features("means", means).of(images).shape == (300, 12)
+
+
+def test_pictures_are_resized_to_the_features_size():
+    seen = []
+
+    def spy(batch):
+        seen.append(batch)
+        return means(batch)
+
+    Features("spy", spy, size=4).of(pictures(2))
+    Features("spy", spy, size=8).of(pictures(2))
+    assert seen[0].shape == (2, 3, 4, 4) and seen[0].dtype == torch.uint8
+    assert (seen[1].permute(0, 2, 3, 1).numpy() == pictures(2)).all()
+
+
+@pytest.mark.parametrize(
+    "function,said",
+    [
+        (lambda x: x.float(), "gives (2, 3, 8, 8)"),
+        (lambda x: means(x)[:1], "gives (1, 12)"),
+        (lambda x: [1.0], "gives list"),
+        (lambda x: means(x) / 0, "not finite"),
+        (lambda x: x @ torch.zeros(3), "fails on uint8 (2, 3, 8, 8)"),
+    ],
+)
+def test_wrong_features_are_refused_in_one_line(function, said):
+    with pytest.raises(UsageError, match="--features: mine") as error:
+        Features("mine", function).of(pictures(2))
+    assert said in str(error.value)
+
+
+def test_features_of_the_reference_are_kept_and_never_mixed_up(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    calls = []
+
+    def counted(batch):
+        calls.append(len(batch))
+        return means(batch)
+
+    images, picks = pictures(20), np.arange(0, 20, 2)
+    first = Features("f", counted).cached(images, picks, "celeba_8")
+    calls.clear()
+    again = Features("f", counted).cached(images, picks, "celeba_8")
+    assert (first == again).all() and calls == [4]  # the probe alone
+    others = [
+        (Features("f", counted), images, picks, "celeba_crop_8"),  # another crop or source
+        (Features("f", counted, size=4), images, picks, "celeba_8"),
+        (Features("f", lambda x: counted(x) * 2), images, picks, "celeba_8"),
+        (Features("f", counted), images, picks + 1, "celeba_8"),
+        (Features("f", counted), pictures(20, side=16), picks, "celeba_8"),
+    ]
+    for features, pixels, indices, key in others:
+        calls.clear()
+        features.cached(pixels, indices, key)
+        assert calls == [4, 10]
+    assert len(list((tmp_path / "prepared").iterdir())) == 6
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """A user's module in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(
+        "def direct(images):\n    return images.float().mean((2, 3))\n"
+        "def load(device='cpu'):\n    return direct\n"
+        "number = 3\n"
+    )
+    yield
+    features_module.sys.modules.pop("mine", None)
+
+
+@pytest.mark.parametrize("name", ["direct", "load"])
+def test_features_come_from_any_module(module, name):
+    images = pictures(3)
+    expected = images.astype(np.float32).mean((1, 2))
+    assert find_features(f"mine:{name}").of(images) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("spec", ["mine", "mine:absent", "absent:load", ":load", "mine:number"])
+def test_features_that_are_not_there_are_refused_in_one_line(module, spec):
+    with pytest.raises(UsageError, match="--features"):
+        find_features(spec)
+
+
+def test_none_means_no_features():
+    assert find_features("none") is None
+
+
+def test_inception_without_a_network_says_what_still_works(monkeypatch):
+    import torchmetrics.image.fid as fid
+
+    def offline(*_, **__):
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr(fid, "NoTrainInceptionV3", offline)
+    with pytest.raises(ResourceError, match="--features none"):
+        find_features("inception")
+
+
+def test_inception_is_asked_for_its_2048_features(monkeypatch):
+    import torchmetrics.image.fid as fid
+
+    class Stand(nn.Module):
+        def __init__(self, name, features_list):
+            super().__init__()
+            assert (name, features_list) == ("inception-v3-compat", ["2048"])
+
+        def forward(self, images):
+            assert images.dtype == torch.uint8
+            return means(images)
+
+    monkeypatch.setattr(fid, "NoTrainInceptionV3", Stand)
+    assert find_features("inception").of(pictures(2)).shape == (2, 12)
