@@ -223,6 +223,26 @@ def test_learning_rate_rises_in_the_warm_up_and_then_stays_or_falls_to_zero():
             assert rates[550] == pytest.approx(config.learning_rate / 2, rel=1e-2)
 
 
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_resumed_longer_run_goes_on_with_the_longer_runs_learning_rate(here, schedule):
+    """The curve that TensorBoard shows: a cosine that had come down goes up to the longer one."""
+    config = tiny(log_every=1, lr_schedule=schedule, warmup_steps=3, num_training_steps=8)
+    longer = replace(config, num_training_steps=16, resume=True)
+    folder = train(config)
+    train(longer)
+    logged = EventAccumulator(str(folder)).Reload().Scalars("learning_rate")
+    expected = [learning_rate(config, step) for step in range(8)]
+    expected += [learning_rate(longer, step) for step in range(8, 16)]
+    assert [event.step for event in logged] == list(range(1, 17))
+    assert [event.value for event in logged] == pytest.approx(expected, rel=1e-5)
+    peak = config.learning_rate
+    assert expected[2] == pytest.approx(peak) and all(rate <= peak for rate in expected)
+    if schedule == "cosine":
+        assert expected[7] < 0.1 * peak < 0.5 * peak < expected[8] and expected[15] < 0.05 * peak
+    else:
+        assert expected[2:] == [peak] * 14
+
+
 # What a run leaves -------------------------------------------------------------------------------
 
 
