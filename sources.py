@@ -13,6 +13,7 @@ Archives are read in place: nothing is unpacked, so nothing is written outside a
 
 import errno
 import io
+import math
 import os
 import re
 import shutil
@@ -27,6 +28,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import simplejpeg
 from PIL import Image, ImageOps
 
 from errors import DataError, ResourceError
@@ -231,8 +233,35 @@ def crop_face(picture: Image.Image, img_size: int, aligned: bool = False) -> np.
     if face.has_transparency_data:
         face = face.convert("RGBA")
         face = Image.alpha_composite(Image.new("RGBA", face.size, "white"), face)
-    face = face.convert("RGB").resize((img_size, img_size), Image.Resampling.BICUBIC)
+    if face.mode != "RGB":
+        face = face.convert("RGB")
+    if face.size != (img_size, img_size):
+        face = face.resize((img_size, img_size), Image.Resampling.BICUBIC)
     return np.asarray(face)
+
+
+def decode_face(data: bytes, img_size: int, aligned: bool = False) -> np.ndarray:
+    """Return `crop_face` of a file's contents. Raises what Pillow raises on damaged data."""
+    pixels = _plain_jpeg(data)
+    if pixels is None:
+        with Image.open(io.BytesIO(data)) as picture:
+            return crop_face(picture, img_size, aligned)
+    left, top, right, bottom = face_box(pixels.shape[1], pixels.shape[0], aligned)
+    face = pixels[top:bottom, left:right]
+    return face if len(face) == img_size else crop_face(Image.fromarray(face), img_size)
+
+
+def _plain_jpeg(data: bytes) -> np.ndarray | None:
+    """The pixels of a JPEG in colour and upright, (H, W, 3) uint8, by the library that Pillow uses
+    too, without Pillow's detours; None for all else, which is left to Pillow."""
+    if not data.startswith(b"\xff\xd8") or b"Exif\0\0" in data:
+        return None
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+        plain = colours == "YCbCr" and height * width <= (Image.MAX_IMAGE_PIXELS or math.inf)
+        return simplejpeg.decode_jpeg(data, "RGB") if plain else None
+    except ValueError:  # damaged: Pillow has the better words
+        return None
 
 
 def decode_all(source: Source, img_size: int) -> Iterator[np.ndarray]:
@@ -240,8 +269,7 @@ def decode_all(source: Source, img_size: int) -> Iterator[np.ndarray]:
 
     def decode(name: str) -> np.ndarray:
         try:
-            with Image.open(io.BytesIO(source.read(name))) as picture:
-                return crop_face(picture, img_size, source.aligned)
+            return decode_face(source.read(name), img_size, source.aligned)
         except Exception as error:  # on damaged data Pillow and zipfile raise nearly anything
             what = f"cannot be used as a picture ({type(error).__name__}: {error})"
             raise DataError(f"{source.where}/{name}", what, "replace it or remove it") from error

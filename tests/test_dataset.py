@@ -19,7 +19,7 @@ import drawn_faces
 import sources
 from dataset import Batches, Faces, load_faces, parse_attributes, to_x_0
 from errors import DataError, UsageError
-from sources import crop_face, face_box
+from sources import crop_face, decode_face, face_box
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "celeba"
 NAMES = ("Eyeglasses", "Male", "Smiling", "Young")
@@ -330,13 +330,49 @@ def test_attributes_of_a_source_without_any_are_refused_with_what_would_work():
         load_faces(make_folder(Path("mine"), 3), 8, attributes=["Male"])
 
 
+# ---- Decoding ----
+
+
+@pytest.mark.parametrize("img_size", [16, 64])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"progressive": True}, {"subsampling": 0}, {"subsampling": 1, "quality": 30}],
+    ids=str,
+)
+def test_plain_jpeg_has_the_pixels_that_pillow_decodes(img_size, options):
+    random = np.random.default_rng(0)
+    small = Image.fromarray(random.integers(0, 256, (13, 11, 3), dtype=np.uint8))
+    file = io.BytesIO()
+    small.resize((89, 109), Image.Resampling.BICUBIC).save(file, "JPEG", **options)
+    for aligned in (True, False):
+        expected = crop_face(Image.open(file), img_size, aligned)
+        assert sources._plain_jpeg(file.getvalue()) is not None
+        found = decode_face(file.getvalue(), img_size, aligned)
+        np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("mode,extra", [("L", {}), ("CMYK", {}), ("RGB", {"orientation": 6})])
+def test_other_jpegs_are_left_to_pillow(mode, extra, monkeypatch):
+    random = np.random.default_rng(0)
+    picture = Image.fromarray(random.integers(0, 256, (20, 30, 3), dtype=np.uint8)).convert(mode)
+    exif = Image.Exif()
+    if extra:
+        exif[0x0112] = extra["orientation"]
+    file = io.BytesIO()
+    picture.save(file, "JPEG", **({"exif": exif} if extra else {}))
+    fail = lambda *_: pytest.fail("not by Pillow")  # noqa: E731
+    monkeypatch.setattr(sources.simplejpeg, "decode_jpeg", fail)
+    expected = crop_face(Image.open(file), 8)
+    np.testing.assert_array_equal(decode_face(file.getvalue(), 8), expected)
+
+
 # ---- Preparing once ----
 
 
 def test_a_second_start_decodes_nothing(tmp_path, monkeypatch):
     root = make_celeba(tmp_path / "data")
     first = np.array(load_faces(root, 64).images)
-    monkeypatch.setattr(sources, "crop_face", None)
+    monkeypatch.setattr(sources, "decode_face", None)
     second = load_faces(root, 64).images
     assert isinstance(second, np.memmap)
     np.testing.assert_array_equal(second, first)

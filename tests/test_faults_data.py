@@ -83,7 +83,7 @@ def test_row_40_an_error_in_a_decoding_thread_ends_the_call_and_all_threads(monk
         raise MemoryError("no memory for this picture")
 
     before = threading.active_count()
-    monkeypatch.setattr(sources, "crop_face", fail)
+    monkeypatch.setattr(sources, "decode_face", fail)
     assert "no memory for this picture" in refused(make_folder(Path("mine"), 1000, (8, 8)))
     assert threading.active_count() == before
 
@@ -283,7 +283,7 @@ def test_row_50_killed_while_preparing_a_rerun_completes_and_no_half_array_is_ma
     monkeypatch.setattr(dataset, "PREPARED", tmp_path / "reference")
     expected = np.array(load_faces("mine", 8).images)
     monkeypatch.setattr(dataset, "PREPARED", tmp_path / "prepared")
-    crop, count, replace = sources.crop_face, iter(range(1000)), os.replace
+    crop, count, replace = sources.decode_face, iter(range(1000)), os.replace
 
     def crop_until_killed(*arguments):
         killed() if next(count) == (0 if point == "first picture" else 150) else None
@@ -295,7 +295,7 @@ def test_row_50_killed_while_preparing_a_rerun_completes_and_no_half_array_is_ma
 
     def prepare():
         if point in ("first picture", "in the middle"):
-            sources.crop_face = crop_until_killed
+            sources.decode_face = crop_until_killed
         elif point == "before fsync":
             os.fsync = killed
         else:
@@ -364,7 +364,7 @@ def test_a_full_disk_is_said_before_decoding_with_the_bytes_needed(monkeypatch):
     make_folder(Path("mine"), 5)
     usage = types.SimpleNamespace(free=100)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    monkeypatch.setattr(sources, "crop_face", lambda *_: pytest.fail("decoded in vain"))
+    monkeypatch.setattr(sources, "decode_face", lambda *_: pytest.fail("decoded in vain"))
     text = refused("mine", ResourceError, size=8)
     assert f"{5 * 8 * 8 * 3:,} bytes" in text and str(Path("prepared").absolute()) in text
 
