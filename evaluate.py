@@ -83,10 +83,13 @@ def check_samplers(wish: Evaluate, num_timesteps: int) -> None:
             raise UsageError("--samplers", f"{text!r} has too many evaluations", fix)
 
 
-def checkpoint_digest(path: Path) -> str:
-    """What the checkpoint's file holds, in a few letters."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:12]
+def drawn_from(trained: Trained, faces: Faces) -> str:
+    """What the pictures are drawn from, in a few letters: the checkpoint and, where the network is
+    asked for their attributes, the faces."""
+    with open(trained.path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+    digest.update(faces.fingerprint.encode() if trained.attributes else b"")
+    return digest.hexdigest()[:12]
 
 
 def chunk_files(wish: Evaluate, folder: Path, digest: str, text: str) -> list[tuple[range, Path]]:
@@ -245,7 +248,7 @@ def check_flags(wish: Evaluate) -> None:
 def draw_all(wish, trained: Trained, faces: Faces, folder: Path, accelerator) -> list[Drawn]:
     """Let each sampler draw, each process its share; what lies there already is taken. The list is
     empty but in the main process."""
-    digest = checkpoint_digest(trained.path)
+    digest = drawn_from(trained, faces)
     chunks = {text: chunk_files(wish, folder, digest, text) for text in wish.samplers}
     for text, parts in chunks.items():
         share = parts[accelerator.process_index :: accelerator.num_processes]
