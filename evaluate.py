@@ -251,6 +251,9 @@ def draw_all(wish, trained: Trained, faces: Faces, folder: Path, accelerator) ->
     digest = drawn_from(trained, faces)
     chunks = {text: chunk_files(wish, folder, digest, text) for text in wish.samplers}
     for text, parts in chunks.items():
+        if accelerator.is_main_process:
+            kept = sum(len(numbers) for numbers, path in parts if path.exists())
+            say(f"{text}: drawing {wish.num_images - kept:,} pictures, {kept:,} are there already")
         share = parts[accelerator.process_index :: accelerator.num_processes]
         draw_missing(wish, trained, faces, text, share)
     accelerator.wait_for_everyone()
