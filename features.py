@@ -104,7 +104,7 @@ def find_features(spec: str, size: int = 0, device: str = "cpu") -> Features | N
     if not (module_name and colon and name):
         raise UsageError("--features", f"is {spec!r}", fix)
     if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
+        sys.path.append(str(Path.cwd()))
     try:
         function = getattr(importlib.import_module(module_name), name)
         needed = inspect.signature(function).parameters.values()
