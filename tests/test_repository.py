@@ -1,17 +1,24 @@
 """The files around the code agree with it."""
 
+import json
 import re
+import shlex
 import tomllib
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
-from sample import Sample
-from train import DEMO, Config
+import cli
+from sample import Sample, check_flags
+from train import DEMO, Config, check_config
 
 README = (ROOT / "README.md").read_text()
+TOUR = json.loads((ROOT / "ddpm_test.ipynb").read_text())["cells"]
+PROSE = "\n".join([README, *("".join(cell["source"]) for cell in TOUR)])
+BASH = "\n".join(re.findall(r"^```bash\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL))
+COMMANDS = re.findall(r"\b((?:train|sample)\.py .*)", BASH.replace("\\\n", " "))
 
 
 def requirements(name: str) -> list[str]:
@@ -64,22 +71,40 @@ def test_readme_lists_every_flag_of_train_with_its_default():
         assert rows[field.name].strip().strip("`") == shown, field.name
 
 
-def test_every_flag_in_the_readme_exists():
+def test_every_flag_in_the_readme_and_the_tour_exists():
     known = {field.name for cls in (Config, Sample) for field in fields(cls)} | {"demo", "help"}
     known |= {f"no_{field.name}" for field in fields(Config) if field.type in ("bool", bool)}
     others = {"logdir", "num_processes", "cpu", "num_machines", "machine_rank"}  # of other programs
-    others |= {"main_process_ip", "nproc_per_node"}
-    assert set(re.findall(r"(?<![\w-])--([a-z_]+)", README)) <= known | others
+    others |= {"main_process_ip", "main_process_port", "nproc_per_node", "inplace"}
+    assert set(re.findall(r"(?<![\w-])--([a-z_]+)", PROSE)) <= known | others
 
 
-@pytest.mark.parametrize("target", sorted(set(re.findall(r"(?:\]\(|src=\")([^)#\"]+)", README))))
-def test_every_link_to_a_file_in_the_readme_exists(target):
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_in_the_readme_is_understood(command):
+    script, *flags = shlex.split(command.partition(" && ")[0], comments=True)
+    if script == "sample.py":
+        check_flags(cli.parse(Sample, flags, ""))
+    else:
+        default = replace(Config(), **DEMO) if "--demo" in flags else Config()
+        flags = [flag for flag in flags if flag != "--demo"]
+        check_config(cli.parse(Config, flags, "", default))
+
+
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"(?:\]\(|src=\")([^)#\"]+)", PROSE))))
+def test_every_link_to_a_file_exists(target):
     assert target.startswith("https://") or (ROOT / target).exists()
 
 
-@pytest.mark.parametrize("name", sorted(set(re.findall(r"`(\w+\.(?:py|ipynb|toml))`", README))))
-def test_every_file_the_readme_names_exists(name):
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"`(\w+\.(?:py|ipynb|toml|cff))`", PROSE))))
+def test_every_file_that_is_named_exists(name):
     assert [path for path in (ROOT, ROOT / "tests", ROOT / "benchmarks") if (path / name).exists()]
+
+
+def test_every_module_and_picture_is_in_the_readme():
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("*.ipynb")]:
+        assert f"`{path.name}`" in README, path.name
+    for path in (ROOT / "assets").iterdir():
+        assert f'src="assets/{path.name}"' in README and path.stat().st_size < 300_000, path.name
 
 
 def test_demo_changes_only_what_config_has():
