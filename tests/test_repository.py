@@ -11,14 +11,17 @@ import pytest
 from conftest import ROOT
 
 import cli
-from sample import Sample, check_flags
+import evaluate
+import sample
+from evaluate import Evaluate
+from sample import Sample
 from train import DEMO, Config, check_config
 
 README = (ROOT / "README.md").read_text()
 TOUR = json.loads((ROOT / "ddpm_test.ipynb").read_text())["cells"]
 PROSE = "\n".join([README, *("".join(cell["source"]) for cell in TOUR)])
 BASH = "\n".join(re.findall(r"^```bash\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL))
-COMMANDS = re.findall(r"\b((?:train|sample)\.py .*)", BASH.replace("\\\n", " "))
+COMMANDS = re.findall(r"\b((?:train|sample|evaluate)\.py .*)", BASH.replace("\\\n", " "))
 
 
 def requirements(name: str) -> list[str]:
@@ -72,7 +75,10 @@ def test_readme_lists_every_flag_of_train_with_its_default():
 
 
 def test_every_flag_in_the_readme_and_the_tour_exists():
-    known = {field.name for cls in (Config, Sample) for field in fields(cls)} | {"demo", "help"}
+    known = {field.name for cls in (Config, Sample, Evaluate) for field in fields(cls)} | {
+        "demo",
+        "help",
+    }
     known |= {f"no_{field.name}" for field in fields(Config) if field.type in ("bool", bool)}
     others = {"logdir", "num_processes", "cpu", "num_machines", "machine_rank"}  # of other programs
     others |= {"main_process_ip", "main_process_port", "nproc_per_node", "inplace"}
@@ -83,7 +89,9 @@ def test_every_flag_in_the_readme_and_the_tour_exists():
 def test_every_command_in_the_readme_is_understood(command):
     script, *flags = shlex.split(command.partition(" && ")[0], comments=True)
     if script == "sample.py":
-        check_flags(cli.parse(Sample, flags, ""))
+        sample.check_flags(cli.parse(Sample, flags, ""))
+    elif script == "evaluate.py":
+        evaluate.check_flags(cli.parse(Evaluate, flags, ""))
     else:
         default = replace(Config(), **DEMO) if "--demo" in flags else Config()
         flags = [flag for flag in flags if flag != "--demo"]
