@@ -313,7 +313,7 @@ def train(config: Config) -> Path:
                     values = watch.read(step, lambda totals: accelerator.reduce(totals, "mean"))
                     values["learning_rate"] = learning_rate(config, step - 1)
                     values["images_per_second"] = progress.log(values["loss"])
-                    if log and saving:
+                    if log and saving and not stopping:
                         values |= measure_held_out(state.ema.model, diffusion, faces, dtype)
                     if log:
                         log.scalars(step, values)
