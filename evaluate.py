@@ -217,7 +217,7 @@ def draw_nearest(path: Path, images: np.ndarray, faces: Faces, found: list[np.nd
     """Save a sheet: drawn faces, and under each the nearest training faces. found: (N, 2) indices
     into the training faces, by pixels and by features where there are any."""
     shown = images[:NUM_SHOWN]
-    rows, labels = [shown], ["drawn"]
+    rows, labels = [shown], ["generated"]
     for name, indices in zip(("pixels", "features"), found, strict=False):
         for k, place in enumerate(("nearest", "second")):
             rows.append(faces.images[faces.train[indices[: len(shown), k]]])
@@ -269,7 +269,7 @@ def measure_pictures(wish, faces, features, drawn: list[Drawn], real) -> tuple[d
     in faces.train: by pixels and, where there are any, by features."""
     floor, reference = real
     samplers = {one.name: {"seconds": one.seconds} for one in drawn}
-    sets = {"drawn": drawn[0].images}
+    sets = {"generated": drawn[0].images}
     if len(faces.held_out):
         sets["held out"] = faces.images[faces.held_out[: wish.num_images]]
     near, found = {}, []
@@ -290,7 +290,7 @@ def measure_pictures(wish, faces, features, drawn: list[Drawn], real) -> tuple[d
         for name, images in sets.items():
             rows, distances = nearest_features(images, features, vectors[trained_on])
             near[f"{name}, by features"] = copies(distances)
-            if name == "drawn":
+            if name == "generated":
                 found.append(np.searchsorted(faces.train, chosen[trained_on][rows]))
     return {"samplers": samplers, "nearest": near}, found
 

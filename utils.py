@@ -295,6 +295,7 @@ def image_grid(images: Tensor, columns: int = 0, labels: Sequence[str] = ()) -> 
         return picture
     height = images.shape[-2] + 2
     font = ImageFont.load_default(size=max(9, min(16, height // 3)))
+    labels = [label.replace(" ", "  ") for label in labels]  # its spaces are narrow
     margin = 8 + math.ceil(max(font.getlength(label) for label in labels))
     sheet = Image.new("RGB", (margin + picture.width, picture.height), "white")
     sheet.paste(picture, (margin, 0))
