@@ -221,16 +221,15 @@ def draw_samples(config, model, diffusion, dtype, stop, steps=20) -> Image.Image
     return image_grid(faces, columns if labels else 0, labels)
 
 
-def measure_held_out(model, diffusion, faces, dtype) -> dict[str, float]:
-    """The loss on faces that are kept out of training, always with the same noise, as what the
-    log is to show; nothing where all faces are trained on."""
-    some = faces.held_out[:400]
+def measure_held_out(config, model, diffusion, faces, dtype) -> dict[str, float]:
+    """The loss on held-out faces, always with the same noise, for the log; {} where none are."""
+    some = faces.held_out[:200]
     if len(some) == 0:
         return {}
-    options = dict(timesteps=diffusion.timesteps(50), draws=8, dtype=dtype)
-    held_out = held_out_loss(
-        model, diffusion, faces.images[some], faces.attributes[some], **options
-    )
+    options = dict(timesteps=diffusion.timesteps(50), draws=4, dtype=dtype)
+    options |= dict(batch_size=min(config.batch_size, 64))  # what fits in training fits here
+    known = faces.images[some], faces.attributes[some]
+    held_out = held_out_loss(model, diffusion, *known, **options)
     return {"held_out_loss": float(held_out.loss.mean())}
 
 
@@ -276,8 +275,10 @@ def train(config: Config) -> Path:
         def save(path: Path) -> None:
             save_checkpoint(path, about | state.state_dict())
 
+        ema = state.ema.model
+
         def draw(config: Config = config, steps: int = 20) -> Image.Image | None:
-            return draw_samples(config, state.ema.model, diffusion, dtype, stop, steps)
+            return draw_samples(config, ema, diffusion, dtype, stop, steps)
 
         # Find out now what would fail later.
         if is_main:
@@ -314,7 +315,7 @@ def train(config: Config) -> Path:
                     values["learning_rate"] = learning_rate(config, step - 1)
                     values["images_per_second"] = progress.log(values["loss"])
                     if log and saving and not stopping:
-                        values |= measure_held_out(state.ema.model, diffusion, faces, dtype)
+                        values |= measure_held_out(config, ema, diffusion, faces, dtype)
                     if log:
                         log.scalars(step, values)
 
