@@ -1,9 +1,10 @@
-"""Group normalisation and SiLU in one, for a CPU.
+"""Group normalisation of bfloat16 pictures on a CPU, in channels_last, where convolutions are
+fastest.
 
-Convolutions on a CPU are fastest on channels_last pictures, where PyTorch's own group norm is many
-times slower than on contiguous ones. Here the sums it needs are products with a row of ones, which
-the matrix units do for next to nothing, and what is left is one pass over the pictures for each of
-x * scale + shift, SiLU, and their derivatives.
+There PyTorch's own kernels are fast in float32, but in bfloat16 many times slower: backwards, and
+forwards too on pictures of fewer than 1,024 pixels. So small pictures pass through float32, and
+large ones have a backward of their own, which is sums over the pixels and two passes over the
+picture.
 """
 
 import math
@@ -14,56 +15,58 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
+def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """What F.group_norm returns (Wu and He 2018), sooner.
+
+    x: (B, C, H, W) bfloat16, channels_last, on a CPU; weight, bias: (C,)"""
+    if x.shape[2] * x.shape[3] < 1024:
+        return F.group_norm(x.float(), groups, weight.float(), bias.float(), eps).to(x.dtype)
+    return GroupNorm.apply(x, groups, weight, bias, eps)
+
+
 def column_sums(rows: Tensor) -> Tensor:
     """Sum (B, N, C) over N: (B, C), float32 at least.
 
-    A product in bfloat16 is rounded to 8 bits, so up to 16 parts are summed apart and added up in
+    A sum in bfloat16 is rounded to 8 bits, so up to 16 parts are summed apart and added up in
     float32: the rounding errors average out."""
-    b, n, c = rows.shape
-    parts = math.gcd(n, 16)
-    ones = rows.new_ones(1, 1, n // parts).expand(b * parts, 1, n // parts)
-    sums = torch.bmm(ones, rows.reshape(b * parts, n // parts, c)).view(b, parts, c)
-    return sums.to(torch.promote_types(rows.dtype, torch.float32)).sum(dim=1)
+    parts = rows.unflatten(1, (math.gcd(rows.shape[1], 16), -1)).sum(2)
+    return parts.sum(1, dtype=torch.promote_types(rows.dtype, torch.float32))
 
 
-class GroupNormSiLU(torch.autograd.Function):
-    """silu(group_norm(x)), or group_norm(x) alone, of channels_last pictures (Wu and He 2018)."""
+class GroupNorm(torch.autograd.Function):
+    """PyTorch's forward, and a backward for large pictures."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, groups, eps, silu):
+    def forward(ctx, x, groups, weight, bias, eps):
         b, c, h, w = x.shape
-        rows = x.permute(0, 2, 3, 1).reshape(b, h * w, c)  # a view
-        count = h * w * c // groups
-
-        def group_mean(sums: Tensor) -> Tensor:  # (B, C) -> the mean of the group of each channel
-            return sums.view(b, groups, -1).sum(2).div(count).repeat_interleave(c // groups, dim=1)
-
-        mean = group_mean(column_sums(rows))
-        variance = group_mean(column_sums(rows * rows)) - mean * mean
-        rstd = (variance.clamp(min=0) + eps).rsqrt()
-        scale = rstd * weight
-        shift = bias - mean * scale
-        z = torch.addcmul(shift[:, None].to(x.dtype), rows, scale[:, None].to(x.dtype))
-        ctx.save_for_backward(rows, z, mean, rstd, weight)
-        ctx.group_mean, ctx.silu = group_mean, silu
-        y = F.silu(z) if silu else z
-        return y.view(b, h, w, c).permute(0, 3, 1, 2)
+        y, mean, rstd = torch.native_group_norm(x, weight, bias, b, c, h * w, groups, eps)
+        ctx.save_for_backward(x, mean, rstd, weight)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        rows, z, mean, rstd, weight = ctx.saved_tensors
-        b, c, h, w = grad.shape
-        dz = grad.permute(0, 2, 3, 1).reshape(b, h * w, c)
-        if ctx.silu:
-            dz = torch.ops.aten.silu_backward(dz, z)
-        sum_dz = column_sums(dz)
-        sum_dz_xhat = (column_sums(dz * rows) - mean * sum_dz) * rstd
-        # dx = rstd * (weight * dz - mean of it - xhat * mean of (it * xhat)), gathered by factors.
-        p, q = ctx.group_mean(weight * sum_dz), ctx.group_mean(weight * sum_dz_xhat)
-        of_dz, of_x = rstd * weight, -rstd * rstd * q
-        constant = -rstd * p - mean * of_x
-        of_dz, of_x, constant = (f[:, None].to(dz.dtype) for f in (of_dz, of_x, constant))
-        dx = torch.addcmul(constant, rows, of_x).addcmul_(dz, of_dz)
+        """dx = rstd * (weight * dy - mean of it - xhat * mean of (it * xhat)), gathered by its
+        factors of dy and of x; means are taken over a group."""
+        x, mean, rstd, weight = ctx.saved_tensors
+        b, c, h, w = x.shape
+        dy, x = (t.permute(0, 2, 3, 1).reshape(b, h * w, c) for t in (grad, x))  # x's is a view
+        # From here on a number of a group is (B, groups, 1), of a channel (B, groups, C / groups).
+        mean, rstd = mean[:, :, None], rstd[:, :, None]
+        shape = (b, mean.shape[1], -1)
+        sum_dy, sum_dy_x = column_sums(dy).view(shape), column_sums(dy * x).view(shape)
+        sum_dy_xhat = (sum_dy_x - mean * sum_dy) * rstd
+        weight = weight.view(1, *shape[1:])
+        count = x.numel() // mean.numel()
+        of_mean, of_xhat = (
+            (weight * sums).sum(2, keepdim=True) / count for sums in (sum_dy, sum_dy_xhat)
+        )
+        of_x = -rstd * rstd * of_xhat
+        constant = -rstd * of_mean - mean * of_x
+        of_dy, of_x, constant = (
+            factor.expand(sum_dy.shape).reshape(b, 1, c).to(x.dtype)
+            for factor in (rstd * weight, of_x, constant)
+        )
+        dx = torch.addcmul(constant, x, of_x).addcmul_(dy, of_dy)
         dx = dx.view(b, h, w, c).permute(0, 3, 1, 2)
-        return dx, sum_dz_xhat.sum(0), sum_dz.sum(0), None, None, None
+        return dx, None, sum_dy_xhat.sum(0).view(c), sum_dy.sum(0).view(c), None
