@@ -84,10 +84,11 @@ def check_samplers(wish: Evaluate, num_timesteps: int) -> None:
 
 
 def drawn_from(trained: Trained, faces: Faces) -> str:
-    """What the pictures are drawn from, in a few letters: the checkpoint and, where the network is
-    asked for their attributes, the faces."""
+    """What the pictures are drawn from, in a few letters: the checkpoint, the precision and, where
+    the network is asked for their attributes, the faces."""
     with open(trained.path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256")
+    digest.update(str(trained.dtype).encode())
     digest.update(faces.fingerprint.encode() if trained.attributes else b"")
     return digest.hexdigest()[:12]
 

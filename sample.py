@@ -25,6 +25,7 @@ from errors import CheckpointError, UsageError
 from log import say
 from unet import UNet
 from utils import (
+    autocast_dtype,
     find_checkpoint,
     image_grid,
     keep_freed_memory,
@@ -79,6 +80,10 @@ class Trained:
         """The attributes that faces can be asked for by; empty for an unconditional network."""
         return tuple(self.settings["attributes"])
 
+    def autocast(self) -> torch.autocast:
+        """A context in which the network runs in `dtype`."""
+        return torch.autocast(self.diffusion.device.type, self.dtype, self.dtype is not None)
+
 
 def load_trained(checkpoint: str | Path | None, raw: bool = False, device: str = "") -> Trained:
     """Build the network that a checkpoint holds, in eval mode.
@@ -99,9 +104,8 @@ def load_trained(checkpoint: str | Path | None, raw: bool = False, device: str =
     except (RuntimeError, TypeError) as error:
         what = f"does not fit ({' '.join(str(error).split())[:300]})"
         raise CheckpointError(path, what, "take another checkpoint") from error
-    dtype = torch.float16 if device.type == "cuda" else None
     model = model.eval().requires_grad_(False).to(device)
-    return Trained(path, model, diffusion, dtype, settings, step)
+    return Trained(path, model, diffusion, autocast_dtype("fp16", device), settings, step)
 
 
 def generate(
@@ -123,7 +127,7 @@ def generate(
     for start in range(0, len(numbers), batch_size):
         part = slice(start, start + batch_size)
         noise = image_generators(seed, numbers[part])
-        with torch.autocast(device.type, trained.dtype, enabled=trained.dtype is not None):
+        with trained.autocast():
             yield trained.diffusion.sample(
                 trained.model,
                 (len(noise), 3, size, size),
@@ -143,10 +147,11 @@ def draw_way(trained: Trained, num_images: int, seed: int, **options) -> list[Im
     loop = trained.diffusion.sample_loop(trained.model, shape, generator=noise, **options)
     every = max(1, options["steps"] // GIF_FRAMES)
     frames = []
-    for i, (_, x_t, x_0) in enumerate(tqdm(loop, "drawing", options["steps"], disable=None)):
-        if i % every == 0:
-            frames.append(image_grid(x_t))
-        faces = x_0
+    with trained.autocast():
+        for i, (_, x_t, x_0) in enumerate(tqdm(loop, "drawing", options["steps"], disable=None)):
+            if i % every == 0:
+                frames.append(image_grid(x_t))
+            faces = x_0
     return [*frames, image_grid(faces)]
 
 

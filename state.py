@@ -71,16 +71,6 @@ class State:
             raise CheckpointError(path, what, fix) from error
 
 
-def autocast_dtype(config, device: torch.device) -> torch.dtype | None:
-    """The half precision to train in, or None for float32. A CPU takes bf16 where it has the
-    instructions for it, and nothing else."""
-    if config.mixed_precision == "no":
-        return None
-    if device.type == "cuda":
-        return torch.float16 if config.mixed_precision == "fp16" else torch.bfloat16
-    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else None
-
-
 def make_state(config, device: torch.device, fp16: bool) -> State:
     """The network, its average, the optimiser and the loss scale, as they are before the first
     step."""

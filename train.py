@@ -30,9 +30,10 @@ from errors import Interrupted, UsageError
 from likelihood import held_out_loss
 from log import Progress, RunLog, say
 from safety import StopSignals, Watch, agreed_stop, lock_folder, preflight
-from state import autocast_dtype, diffusion_arguments, make_state, take_up, unet_arguments
+from state import diffusion_arguments, make_state, take_up, unet_arguments
 from unet import default_channel_mults
 from utils import (
+    autocast_dtype,
     checkpoint_path,
     image_grid,
     keep_freed_memory,
@@ -262,8 +263,9 @@ def train(config: Config) -> Path:
             faces = load_faces(config.path_to_data, config.img_size, config.only, config.attributes)
         batches = Batches(faces, config.batch_size, config.seed, rank, world_size, device)
         diffusion = Diffusion(**diffusion_arguments(config), device=device)
-        dtype = autocast_dtype(config, device)
+        dtype = autocast_dtype(config.mixed_precision, device)
         state = make_state(config, device, fp16=dtype == torch.float16)
+        ema = state.ema.model
         run = {"world_size": world_size, "faces": faces.fingerprint}
         networks = {"unet": unet_arguments(config), "diffusion": diffusion_arguments(config)}
         about = {"settings": asdict(config) | run, **networks}
@@ -274,8 +276,6 @@ def train(config: Config) -> Path:
 
         def save(path: Path) -> None:
             save_checkpoint(path, about | state.state_dict())
-
-        ema = state.ema.model
 
         def draw(config: Config = config, steps: int = 20) -> Image.Image | None:
             return draw_samples(config, ema, diffusion, dtype, stop, steps)

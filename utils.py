@@ -47,6 +47,18 @@ def keep_freed_memory() -> None:
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
+def autocast_dtype(mixed_precision: str, device: torch.device) -> torch.dtype | None:
+    """The half precision to compute in, or None for float32.
+
+    mixed_precision: "fp16", "bf16" or "no". A CPU takes bf16 for either where it has the
+    instructions for it, and else float32."""
+    if mixed_precision == "no":
+        return None
+    if device.type == "cuda":
+        return torch.float16 if mixed_precision == "fp16" else torch.bfloat16
+    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else None
+
+
 # Files -------------------------------------------------------------------------------------------
 
 

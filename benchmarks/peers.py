@@ -21,9 +21,9 @@ from diffusion import Diffusion
 from errors import UsageError
 from safety import Watch
 from state import diffusion_arguments, make_state, unet_arguments
-from train import Config, autocast_dtype, check_config, train_step
+from train import Config, check_config, train_step
 from unet import UNet, default_channel_mults
-from utils import keep_freed_memory
+from utils import autocast_dtype, keep_freed_memory
 
 DTYPES = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -118,7 +118,7 @@ class Ours(Row):
         faces = random_faces(8 * config.batch_size, config.img_size)
         self.batches = Batches(faces, config.batch_size, config.seed, device=device)
         self.diffusion = Diffusion(**diffusion_arguments(config), device=device)
-        self.dtype = autocast_dtype(config, device)
+        self.dtype = autocast_dtype(config.mixed_precision, device)
         self.precision = next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
         self.state = make_state(config, device, fp16=self.dtype == torch.float16)
         self.network = self.state.model

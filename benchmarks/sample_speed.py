@@ -9,14 +9,16 @@
 A checkpoint with random weights is written; this project draws from it as `sample.py` does, and
 diffusers with its own network, which holds the same weights, in its DDIMPipeline and DDPMPipeline,
 the latter also with DPMSolverMultistepScheduler. Each has a process of its own; they compute in
-turn, round after round, and ratios are taken within a round. Before that DDIM's pictures, in
-float32 from the same noise at the same timesteps, are asserted to agree to half a grey level.
+turn, round after round, and ratios are taken within a round: as each draws where it is told nothing
+(this project in half precision where the machine has it, diffusers in float32), and both in either
+precision. Before that DDIM's pictures, in float32 from the same noise at the same timesteps, are
+asserted to agree to half a grey level.
 """
 
 import sys
 import tempfile
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -44,7 +46,7 @@ from sample import generate, load_trained
 from state import diffusion_arguments, unet_arguments
 from train import Config
 from unet import UNet
-from utils import keep_freed_memory, save_checkpoint
+from utils import autocast_dtype, keep_freed_memory, save_checkpoint
 
 HALF_A_GREY_LEVEL = 1 / 255  # pictures are in [-1, 1], in 255 steps
 SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}  # as diffusers names them
@@ -71,6 +73,8 @@ def config_of(wish: SampleSpeed) -> Config:
     config = make_config(wish.img_size, wish.channels, wish.channel_mults)
     if not all(2 <= steps <= config.num_timesteps for steps in wish.steps):
         raise UsageError("--steps", f"is {wish.steps}", f"give 2 to {config.num_timesteps}")
+    if not wish.steps and not wish.ddpm_steps:
+        raise UsageError("--steps", "and --ddpm_steps leave nothing to draw", "give either")
     if not 0 <= wish.ddpm_steps <= config.num_timesteps:
         raise UsageError("--ddpm_steps", f"is {wish.ddpm_steps}", f"at most {config.num_timesteps}")
     return config
@@ -95,12 +99,14 @@ def write_checkpoint(config: Config, path: Path) -> None:
 
 
 class Ours:
-    """This project, as `sample.py` runs it: in half precision on a GPU."""
+    """This project, as `sample.py` runs it; half: whether in half precision."""
 
-    def __init__(self, path: Path, device: torch.device):
+    def __init__(self, path: Path, device: torch.device, half: bool):
         keep_freed_memory()
         self.device = device
         self.trained = load_trained(path, device=device.type)
+        if not half:
+            self.trained = replace(self.trained, dtype=None)
 
     def draw(self, sampler: str, steps: int, num_images: int) -> Tensor:
         """(N, 3, H, W) in [-1, 1], on the CPU."""
@@ -115,18 +121,21 @@ class Ours:
 
 
 class Diffusers:
-    """diffusers' pipelines with our weights. half: with weights in float16, as it advises."""
+    """diffusers' pipelines with our weights. half: on a GPU with weights in float16, as it advises;
+    on a CPU, where its pipelines cannot have that, under autocast."""
 
-    def __init__(self, path: Path, device: torch.device, half: bool = False):
+    def __init__(self, path: Path, device: torch.device, half: bool):
         trained = load_trained(path, device="cpu")
         self.config, self.device, self.ours = Config(**trained.settings), device, trained.model
         self.network = diffusers_network(self.ours, self.config).eval().to(device)
-        if half:
+        self.autocast = half and device.type == "cpu"
+        if half and not self.autocast:
             self.network.half()
 
     def draw(self, sampler: str, steps: int, num_images: int) -> Tensor:
         """(N, 3, H, W) in [-1, 1], on the CPU."""
-        return draw_with_diffusers(self.network, self.config, sampler, steps, num_images)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+            return draw_with_diffusers(self.network, self.config, sampler, steps, num_images)
 
     def time(self, sampler: str, steps: int, num_images: int) -> float:
         """Seconds for the pictures."""
@@ -184,14 +193,18 @@ def largest_difference(
     return difference
 
 
-def run_rows(wish: SampleSpeed, path: Path, device: torch.device) -> list[list[str]]:
-    """The lines of the table. Before them the pictures are compared."""
+def run_rows(wish: SampleSpeed, path: Path, device: torch.device) -> list[dict[str, str]]:
+    """The lines of the table, by column. Before them the pictures are compared."""
     kinds = [(sampler, n, wish.rounds) for sampler in ("ddim", "dpm++") for n in wish.steps]
     if wish.ddpm_steps:
         kinds.append(("ddpm", wish.ddpm_steps, wish.ddpm_rounds))
-    makers = {"ours": (Ours, path, device), "diffusers": (Diffusers, path, device)}
-    if device.type == "cuda":
-        makers["diffusers float16"] = (Diffusers, path, device, True)
+    makers = {"ours": (Ours, path, device, False), "diffusers": (Diffusers, path, device, False)}
+    ratios = [("x in float32", "diffusers", "ours")]
+    if autocast_dtype("fp16", device) is not None:
+        makers["ours half"] = (Ours, path, device, True)
+        makers["diffusers half"] = (Diffusers, path, device, True)
+        ratios.append(("x in half", "diffusers half", "ours half"))
+        ratios.append(("x as they come", "diffusers", "ours half"))
     lines = []
     with ExitStack() as stack:
         workers = {name: stack.enter_context(Worker(*row)) for name, row in makers.items()}
@@ -207,9 +220,11 @@ def run_rows(wish: SampleSpeed, path: Path, device: torch.device) -> list[list[s
                 worker("time", sampler, min(steps, 4), wish.num_images)  # warms up
                 calls[name] = partial(worker, "time", sampler, steps, wish.num_images)
             seconds = measure(calls, rounds)
-            line = [sampler, f"{steps}", *(f"{median(each):.3g}" for each in seconds.values())]
-            peers = [each for name, each in seconds.items() if name != "ours"]
-            lines.append([*line, *(f"{ratio(each, seconds['ours']):.2f}" for each in peers)])
+            line = {"sampler": sampler, "evaluations": f"{steps}"}
+            line |= {f"{name} s": f"{median(each):.3g}" for name, each in seconds.items()}
+            for column, theirs, ours in ratios:
+                line[column] = f"{ratio(seconds[theirs], seconds[ours]):.2f}"
+            lines.append(line)
     return lines
 
 
@@ -223,10 +238,8 @@ def main() -> None:
         path = Path(folder) / "random.pt"
         write_checkpoint(config, path)
         lines = run_rows(wish, path, device)
-    columns = ["sampler", "evaluations", "ours s", "diffusers s", "x diffusers"]
-    if device.type == "cuda":
-        columns[4:] = ["diffusers float16 s", "x diffusers", "x diffusers float16"]
-    print(f"\n{table(columns, lines)}\n")
+    rows = [list(line.values()) for line in lines]
+    print(f"\n{table(list(lines[0]), rows)}\n")
     print(
         f"{wish.num_images} pictures of {wish.img_size} px in a batch, {wish.rounds} rounds"
         f" (ddpm: {wish.ddpm_rounds})"

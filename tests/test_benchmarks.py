@@ -14,6 +14,7 @@ from benchmarks.common import Worker, measure, ratio
 from benchmarks.peers import diffusers_network, forward_flops, make_config
 from errors import UsageError
 from log import table
+from utils import autocast_dtype
 
 TINY = ["--img_size", "8", "--channels", "64", "--channel_mults", "1", "1", "--rounds", "1"]
 SMALL = make_config(img_size=8, channels=64, channel_mults=(1, 1))
@@ -82,7 +83,9 @@ def test_sample_speed_has_its_rows_and_columns(tmp_path, monkeypatch):
     assert list(found) == ["ddim 2", "ddim 3", "dpm++ 2", "dpm++ 3", "ddpm 4"]
     for row in found.values():
         times = float(row["diffusers s"]) / float(row["ours s"])
-        assert float(row["x diffusers"]) == pytest.approx(times, rel=0.02, abs=0.01)
+        assert float(row["x in float32"]) == pytest.approx(times, rel=0.02, abs=0.01)
+        half = autocast_dtype("fp16", torch.device("cpu")) is not None
+        assert ("x in half" in row) == ("diffusers half s" in row) == half
     assert f"checked: both hold {weights():,} weights" in text
     assert not list(tmp_path.iterdir())
 
