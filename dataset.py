@@ -150,7 +150,7 @@ def _read_held_out(source: Source) -> np.ndarray:
 
 
 def _load_drawn(img_size: int) -> tuple[str, np.ndarray, np.ndarray]:
-    """Return key, images and attributes, (N, 16) int8, of the drawn faces."""
+    """Return key, images and attributes, (N, K) int8, of the drawn faces."""
     code = Path(drawn_faces.__file__).read_bytes()  # another way to draw makes another array
     key = f"drawn_{img_size}_{NUM_DRAWN}_{hashlib.sha256(code).hexdigest()[:16]}"
     labels, shape = [], (NUM_DRAWN, len(drawn_faces.ATTRIBUTES))
@@ -159,6 +159,7 @@ def _load_drawn(img_size: int) -> tuple[str, np.ndarray, np.ndarray]:
         (PREPARED / f"{key}.npy").unlink(missing_ok=True)  # of no use without them
 
     def draw() -> Iterator[np.ndarray]:
+        """Yield the pictures in parts, (n, S, S, 3) uint8, and write their attributes."""
         for start in range(0, NUM_DRAWN, 64):
             numbers = range(start, min(start + 64, NUM_DRAWN))
             pixels, has = zip(*(drawn_faces.draw_face(i, img_size) for i in numbers), strict=True)

@@ -14,6 +14,7 @@ pictures drawn are kept there too: stopped in the middle, or asked for more, it 
 import hashlib
 import sys
 import time
+import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -132,12 +133,16 @@ def draw_missing(wish, trained: Trained, faces: Faces, text: str, parts) -> None
 
 
 def read_drawn(text: str, parts) -> Drawn:
-    """What lies in the files of one sampler."""
+    """What lies in the files of one sampler. Raises DataError where one is damaged."""
     images, seconds = [], 0.0
     for _, path in parts:
-        with np.load(path) as kept:
-            images.append(kept["images"])
-            seconds += float(kept["seconds"])
+        try:
+            with np.load(path) as kept:
+                images.append(kept["images"])
+                seconds += float(kept["seconds"])
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            fix = "delete it, and it is drawn again"
+            raise DataError(path, f"is damaged ({error})", fix) from error
     return Drawn(text, np.concatenate(images), seconds)
 
 

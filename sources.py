@@ -168,6 +168,7 @@ def _sort_files(where: Path, files: list[str], read: Callable[[str], bytes], sta
     celeba = "img_align_celeba" in f"{where.name}/{pictures[0]}"
 
     def table(title: str) -> Table | None:
+        """The list of that name, from among the files or from beside CelebA's."""
         for name in (f"{title}.txt", f"{title}.csv"):
             inside = [file for file in files if file.rpartition("/")[2] == name]
             beside = where.parent / name

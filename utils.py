@@ -152,6 +152,7 @@ def save_checkpoint(path: Path, state: dict) -> None:
     path = Path(path)
 
     def write(aside: Path) -> None:
+        """Write, sync and read back."""
         try:
             torch.save({"format": CHECKPOINT_FORMAT, **state}, aside)
         except RuntimeError as error:  # what torch makes of a full disk

@@ -207,6 +207,7 @@ class Diffusers(Row):
         self.clean = torch.rand(shape, device=device) * 2 - 1
 
     def step(self) -> None:
+        """One update, as in the example's loop."""
         # The noise, the times, the noisy pictures.
         noise, count = torch.randn_like(self.clean), len(self.clean)
         times = torch.randint(0, len(self.scheduler.betas), (count,), device=self.device)
@@ -266,6 +267,7 @@ class DenoisingDiffusionPytorch(Row):
         self.images = torch.rand(shape, device=device)  # in [0, 1], as it wants them
 
     def step(self) -> None:
+        """One update, as in its Trainer's loop."""
         loss = self.diffusion(self.images)
         loss.item()  # its Trainer does
         loss.backward()

@@ -45,12 +45,17 @@ def few_threads():
 def here(tmp_path, monkeypatch):
     """An empty current folder with `pictures/`: 22 small pictures, of which one is held out."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "pictures").mkdir()
-    random = np.random.default_rng(0)
-    for i in range(22):
-        pixels = random.integers(0, 256, (8, 8, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(tmp_path / "pictures" / f"{i:03d}.png")
+    write_pictures(tmp_path, 22)
     return tmp_path
+
+
+def write_pictures(folder: Path, count: int) -> None:
+    """`pictures/` in a folder, with so many pictures of random pixels."""
+    (folder / "pictures").mkdir()
+    random = np.random.default_rng(0)
+    for i in range(count):
+        pixels = random.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "pictures" / f"{i:03d}.png")
 
 
 def flags(settings: dict) -> list[str]:

@@ -7,13 +7,13 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, assert_error, flags, run_script
+from conftest import ROOT, TINY, assert_error, flags, run_script, write_pictures
 from PIL import Image
 
 import dataset
 import evaluate as evaluate_module
 from dataset import load_faces
-from errors import UserError
+from errors import DataError, UserError
 from evaluate import Evaluate, evaluate, measure_pictures, split_real
 from features import find_features
 from sample import generate, load_trained
@@ -39,11 +39,7 @@ def as_flags(wish: Evaluate) -> list[str]:
 def trained_once(tmp_path_factory):
     """A folder with 60 pictures, three of them held out, a run on them, and a user's features."""
     folder = tmp_path_factory.mktemp("evaluated")
-    (folder / "pictures").mkdir()
-    random = np.random.default_rng(1)
-    for i in range(60):
-        pixels = random.integers(0, 256, (8, 8, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / "pictures" / f"{i:03d}.png")
+    write_pictures(folder, 60)
     (folder / "mine.py").write_text(
         "def load():\n"
         "    return lambda x: x.float().unfold(2, 4, 4).unfold(3, 4, 4).mean((4, 5)).flatten(1)\n"
@@ -246,6 +242,27 @@ def test_checkpoint_without_average_is_one_line(run):
     del state["ema"], state["format"]
     save_checkpoint(checkpoint_path(run, 6), state)
     assert_error(run_script("evaluate.py", *as_flags(SMALL)), 4, "lacks 'ema'")
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
+def test_damaged_kept_pictures_are_named_and_drawn_again_once_deleted(run, damage):
+    evaluate(SMALL)
+    first = read(run)["samplers"]["ddim:3"]["frechet"]
+    path = sorted((run / "evaluation" / "drawn").glob("ddim_3_*/*.npz"))[-1]
+    whole = path.read_bytes()
+    middle = bytes([whole[len(whole) // 4] ^ 255])
+    path.write_bytes(
+        {
+            "cut": whole[: len(whole) // 2],
+            "flipped": whole[: len(whole) // 4] + middle + whole[len(whole) // 4 + 1 :],
+            "empty": b"",
+        }[damage]
+    )
+    with pytest.raises(DataError, match=path.name):
+        evaluate(SMALL)
+    path.unlink()
+    evaluate(SMALL)
+    assert read(run)["samplers"]["ddim:3"]["frechet"] == first
 
 
 def test_two_processes_draw_just_as_many_pictures(run):

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, assert_error, flags, run_script, tensors_equal
+from conftest import TINY, assert_error, flags, run_script, tensors_equal, write_pictures
 
 import train as train_module
 import utils
@@ -42,11 +42,7 @@ def tiny(**changes) -> Config:
 def finished(tmp_path_factory):
     """A finished run of 6 steps with checkpoints at 3 and 6, beside its pictures."""
     folder = tmp_path_factory.mktemp("finished")
-    random = np.random.default_rng(0)
-    (folder / "pictures").mkdir()
-    for i in range(22):
-        pixels = random.integers(0, 256, (8, 8, 3), dtype=np.uint8)
-        utils.Image.fromarray(pixels).save(folder / "pictures" / f"{i:03d}.png")
+    write_pictures(folder, 22)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         train(tiny())
