@@ -15,13 +15,16 @@ import hashlib
 import sys
 import time
 import zipfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 from tqdm import tqdm
 
 import cli
@@ -31,8 +34,7 @@ from errors import DataError, UsageError
 from features import (
     copies,
     find_features,
-    frechet_distance,
-    kernel_distance,
+    measure_distances,
     nearest_features,
     nearest_pixels,
 )
@@ -100,11 +102,14 @@ def chunk_files(wish: Evaluate, folder: Path, digest: str, text: str) -> list[tu
     The folder's name says what else the pictures depend on, so that none is taken for another."""
     weights = "raw" if wish.raw else "ema"
     name = f"{text.replace(':', '_')}_{weights}_seed{wish.seed}_batch{wish.batch_size}_{digest}"
-    parts = []
-    for start in range(0, wish.num_images, wish.batch_size):
-        numbers = range(start, min(start + wish.batch_size, wish.num_images))
-        parts.append((numbers, folder / "drawn" / name / f"{start:06d}-{numbers.stop:06d}.npz"))
-    return parts
+    return chunks(wish.num_images, wish.batch_size, folder / "drawn" / name)
+
+
+def chunks(num_images: int, batch_size: int, folder: Path) -> list[tuple[range, Path]]:
+    """The numbers of the pictures in each batch, and the file in `folder` that keeps them."""
+    starts = range(0, num_images, batch_size)
+    parts = [range(start, min(start + batch_size, num_images)) for start in starts]
+    return [(part, folder / f"{part.start:06d}-{part.stop:06d}.npz") for part in parts]
 
 
 def draw_missing(wish, trained: Trained, faces: Faces, text: str, parts) -> None:
@@ -120,16 +125,20 @@ def draw_missing(wish, trained: Trained, faces: Faces, text: str, parts) -> None
         options = dict(sampler=sampler, steps=int(steps), batch_size=wish.batch_size)
         if asked is not None:
             options["attributes"] = asked[numbers.start : numbers.stop]
-        started = time.perf_counter()
-        (images,) = generate(trained, numbers, wish.seed, **options)
-        pixels = to_uint8(images).permute(0, 2, 3, 1).numpy()
-        seconds = time.perf_counter() - started
+        keep_drawn(path, partial(next, generate(trained, numbers, wish.seed, **options)))
 
-        def write(aside: Path, pixels=pixels, seconds=seconds) -> None:
-            with open(aside, "wb") as file:
-                np.savez(file, images=pixels, seconds=seconds)
 
-        write_atomically(path, write)
+def keep_drawn(path: Path, draw: Callable[[], Tensor]) -> None:
+    """Keep in a file the pictures, (N, 3, H, W) in [-1, 1], and the seconds that drawing takes."""
+    started = time.perf_counter()
+    pixels = to_uint8(draw()).permute(0, 2, 3, 1).numpy()
+    seconds = time.perf_counter() - started
+
+    def write(aside: Path) -> None:
+        with open(aside, "wb") as file:
+            np.savez(file, images=pixels, seconds=seconds)
+
+    write_atomically(path, write)
 
 
 def read_drawn(text: str, parts) -> Drawn:
@@ -175,16 +184,6 @@ def split_real(wish: Evaluate, faces: Faces) -> tuple[np.ndarray, np.ndarray]:
         what += f" for a reference of {wanted:,}" if wish.num_reference else ", too few to compare"
         raise DataError("--num_reference", what, "lower it, or --num_images")
     return floor, rest[:wanted]
-
-
-def measure_distances(reference: np.ndarray, sets: dict[str, np.ndarray]) -> dict:
-    """The distances of each set of vectors to the reference."""
-    result = {}
-    for name, vectors in sets.items():
-        kernel, deviation = kernel_distance(reference, vectors)
-        frechet = frechet_distance(reference, vectors)
-        result[name] = {"frechet": frechet, "kernel": kernel, "kernel_deviation": deviation}
-    return result
 
 
 # The report --------------------------------------------------------------------------------------

@@ -179,6 +179,16 @@ def kernel_distance(a: np.ndarray, b: np.ndarray, subset_size: int = 1000) -> tu
     return float(mean), float(deviation)
 
 
+def measure_distances(reference: np.ndarray, sets: dict[str, np.ndarray]) -> dict:
+    """The distances of each set of vectors to the reference."""
+    result = {}
+    for name, vectors in sets.items():
+        kernel, deviation = kernel_distance(reference, vectors)
+        frechet = frechet_distance(reference, vectors)
+        result[name] = {"frechet": frechet, "kernel": kernel, "kernel_deviation": deviation}
+    return result
+
+
 def nearest(
     queries: np.ndarray, mirrored: np.ndarray, blocks: Iterable[np.ndarray], keep: int = 2
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -153,9 +153,15 @@ class Diffusers:
 
 
 def draw_with_diffusers(
-    network: nn.Module, config: Config, sampler: str, steps: int, num_images: int, **options
+    network: nn.Module,
+    config: Config,
+    sampler: str,
+    steps: int,
+    num_images: int,
+    seed: int = 0,
+    **options,
 ) -> Tensor:
-    """(N, 3, H, W) in [-1, 1], on the CPU, from the noise of seed 0."""
+    """(N, 3, H, W) in [-1, 1], on the CPU, from the noise of that seed."""
     import diffusers
 
     schedule = SCHEDULES[config.noise_schedule]
@@ -167,7 +173,7 @@ def draw_with_diffusers(
     make = diffusers.DDIMPipeline if sampler == "ddim" else diffusers.DDPMPipeline
     pipeline = make(network, scheduler)
     pipeline.set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     options |= dict(num_inference_steps=steps, generator=generator, output_type="np")
     images = pipeline(batch_size=num_images, **options).images
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() * 2 - 1

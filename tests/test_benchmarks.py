@@ -2,21 +2,26 @@
 
 import copy
 import importlib.util
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import assert_error, run_script
+from conftest import TINY, assert_error, run_script, tensors_equal
+from PIL import Image
 from torch import nn
 
-from benchmarks import data_speed, sample_speed, train_speed
+from benchmarks import data_speed, quality, sample_speed, train_speed
 from benchmarks.common import Worker, measure, ratio
 from benchmarks.peers import diffusers_network, forward_flops, make_config
+from dataset import Batches, load_faces
 from errors import UsageError
 from log import table
-from utils import autocast_dtype
+from train import Config, train
+from utils import autocast_dtype, load_checkpoint
 
-TINY = ["--img_size", "8", "--channels", "64", "--channel_mults", "1", "1", "--rounds", "1"]
+SMALLEST = ["--img_size", "8", "--channels", "64", "--channel_mults", "1", "1", "--rounds", "1"]
 SMALL = make_config(img_size=8, channels=64, channel_mults=(1, 1))
 CPU = ["--device", "cpu"]
 
@@ -56,7 +61,7 @@ def test_train_speed_has_its_rows_and_columns(tmp_path, monkeypatch):
     if importlib.util.find_spec("denoising_diffusion_pytorch") is None:
         rows.pop()
     small = ["--batch_size", "2", "--steps_per_round", "1", *CPU, "--rows", *rows]
-    text = run("train_speed", *TINY, *small)
+    text = run("train_speed", *SMALLEST, *small)
     (found,) = read_tables(text)
     assert [name.partition(" (")[0] for name in found] == rows
     for row in found.values():
@@ -78,7 +83,7 @@ def test_train_speed_has_its_rows_and_columns(tmp_path, monkeypatch):
 def test_sample_speed_has_its_rows_and_columns(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     small = ["--num_images", "2", "--steps", "2", "3", "--ddpm_steps", "4", *CPU]
-    text = run("sample_speed", *TINY, *small)
+    text = run("sample_speed", *SMALLEST, *small)
     (found,) = read_tables(text)
     assert list(found) == ["ddim 2", "ddim 3", "dpm++ 2", "dpm++ 3", "ddpm 4"]
     for row in found.values():
@@ -103,6 +108,71 @@ def test_data_speed_has_its_rows_and_columns(tmp_path, monkeypatch):
     assert "checked: 24 pictures are the same" in text
     assert "a zip of 30 pictures" in text and "the second start takes" in text
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def short_run(here):
+    """A run that quality.py can compare with, and a user's features."""
+    (here / "mine.py").write_text(
+        "def load():\n    return lambda x: x.float().unfold(2, 4, 4).mean(4).flatten(1)[:, ::3]\n"
+    )
+    train(Config(**{**TINY, "channels": 64, "num_training_steps": 2}))
+    return here
+
+
+PEERS = [name for name in quality.PEERS if importlib.util.find_spec(name.replace("-", "_"))]
+
+
+def test_quality_trains_each_peer_for_the_minutes_and_measures_all(short_run):
+    wish = ["--checkpoint", "run", "--path_to_data", "pictures", "--minutes", "0.02", *CPU]
+    wish += ["--steps", "3", "--num_images", "4", "--batch_size", "3", "--samplers", "dpm++:2"]
+    wish += ["--features", "mine:load", "--peers", *PEERS]
+    text = run("quality", *wish)
+    samplers, copied = read_tables(text)
+    floor = "real faces (the floor)"
+    assert list(samplers) == ["dpm++:2", *(f"{name}:3" for name in PEERS), floor]
+    assert all(float(row["Frechet distance"]) > 0 for row in samplers.values())
+    assert "generated, by features" in copied
+    for name in PEERS:
+        (folder,) = Path("quality").glob(f"{name}_0.02_minutes_*")
+        state = load_checkpoint(folder / "state.pt")
+        assert state["step"] > 1 and 1.2 <= state["seconds"] < 10
+        assert len(list((folder / "drawn_3").iterdir())) == 2
+    assert Image.open("quality/pictures.png").size[0] > 4 * 10
+
+    # Once more: all is there.
+    (again, _) = read_tables(run("quality", *wish))
+    assert again == samplers
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_a_peer_goes_on_with_the_training_that_was_kept(short_run, name):
+    torch.manual_seed(0)
+    config = replace(SMALL, batch_size=4)
+    batches = Batches(load_faces("pictures", 8), config.batch_size)
+    path, cpu = short_run / "state.pt", torch.device("cpu")
+    first, second = (quality.make_peer(name, config, cpu) for _ in range(2))
+    before = {key: value.clone() for key, value in first.network.state_dict().items()}
+    step, spent = quality.train_for(first, batches, path, 0.3)
+    assert any((before[key] != value).any() for key, value in first.network.state_dict().items())
+    assert quality.train_for(second, batches, path, spent) == (step, spent)  # nothing is left to do
+    kept = load_checkpoint(path)
+    for part, one in first.parts().items():
+        assert tensors_equal(one.state_dict(), second.parts()[part].state_dict()), part
+        assert tensors_equal(one.state_dict(), kept[part]), part
+    further, _ = quality.train_for(second, batches, path, spent + 0.3)
+    assert further > step
+    pictures = second.draw(config, 3, 2, seed=1)
+    assert pictures.shape == (2, 3, 8, 8) and pictures.abs().max() <= 1
+    assert torch.equal(second.draw(config, 3, 2, seed=1), pictures)
+    assert not torch.equal(second.draw(config, 3, 2, seed=2), pictures)
+
+
+@pytest.mark.parametrize(
+    "flag, value", [("minutes", "0"), ("steps", "0"), ("peers", "hers"), ("num_images", "-1")]
+)
+def test_quality_refuses_what_cannot_be(here, flag, value):
+    assert_error(run_script("benchmarks/quality.py", f"--{flag}", value), 2, f"--{flag}")
 
 
 def test_a_row_that_is_not_there_is_named():
