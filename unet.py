@@ -130,7 +130,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu" and x.dtype == torch.float32:  # elsewhere its kernels are slower
+        if x.device.type == "cpu" and x.dtype == torch.float32:  # in bfloat16 that is slower
             weight = F.pad(self.conv.weight.flip(2, 3), (1, 1, 1, 1))
             weight = F.avg_pool2d(weight, 2, stride=1, divisor_override=1).transpose(0, 1)
             # The bias apart: inside, its gradient makes the backward 1.4 times as long.
