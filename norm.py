@@ -1,8 +1,8 @@
 """Group normalisation of bfloat16 pictures on a CPU, in channels_last, where convolutions are
 fastest.
 
-There PyTorch's own kernels are fast in float32, but in bfloat16 several times slower: backwards, and
-forwards too on pictures of fewer than 1,024 pixels. So small pictures pass through float32, and
+There PyTorch's own kernels are fast in float32, but in bfloat16 several times slower: backwards,
+and forwards too on pictures of fewer than 1,024 pixels. So small pictures pass through float32, and
 large ones have a backward of their own, which is sums over the pixels and two passes over the
 picture.
 """
