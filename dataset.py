@@ -1,6 +1,6 @@
 """Faces as one array, decoded once and mapped ever after; and the batch of a step.
 
-    faces = load_faces("data", img_size=64)     # CelebA, any folder or zip of pictures, or "drawn"
+    faces = load_faces("data", img_size=64)     # CelebA, any folder or zip of images, "synthetic"
     batches = Batches(faces, batch_size=128, device="cuda")
     x_0, attributes = batches(0)                # (B, 3, 64, 64) in [-1, 1]; (B, K) or None
 
@@ -25,13 +25,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import drawn_faces
+import synthetic
 from errors import DataError, ResourceError, UsageError
+from images import to_x_0
 from sources import Source, decode_all, find_source
 
 PREPARED = Path("prepared")  # the decoded arrays, in the current folder; may be deleted
 PREPARATION = 1  # part of every key: raise it when the crop or the decoding changes
-NUM_DRAWN = 20_000  # faces in the source "drawn"
+NUM_SYNTHETIC = 20_000  # faces in the source "synthetic"
 
 
 @dataclass(frozen=True)
@@ -68,14 +69,6 @@ def parse_attributes(specs: Sequence[str], flag: str = "--only") -> dict[str, in
     return values
 
 
-def sheet_rows(attributes: Sequence[str]) -> tuple[list[str], Tensor]:
-    """What a sheet asks for: each attribute by itself, on and off. Returns a label for each row,
-    and the rows, (2K, K) of 1, -1 and 0."""
-    labels = [label for name in attributes for label in (name, f"not {name}")]
-    one = torch.eye(len(attributes))
-    return labels, torch.stack([one, -one], dim=1).flatten(0, 1)
-
-
 def load_faces(
     path_to_data: str | Path,
     img_size: int,
@@ -85,7 +78,7 @@ def load_faces(
     """Return the faces of a source, preparing its array when it is first asked for.
 
     path_to_data: a folder or zip that holds CelebA (sources.py lists the layouts) or any pictures;
-    an absent or empty folder, into which CelebA is downloaded; or "drawn" for drawn_faces.py.
+    an absent or empty folder, into which CelebA is downloaded; or "synthetic" for synthetic.py.
     only: the faces to keep, as for `parse_attributes`. attributes: names of the columns to return.
     Held out are CelebA's validation and test faces, or every 20th picture where no list says.
     Of several processes, let one come here before the others.
@@ -93,11 +86,11 @@ def load_faces(
     kept = parse_attributes(only)
     if 0 in kept.values():
         raise UsageError("--only", "=0 would keep every face", "leave that attribute out")
-    if str(path_to_data) == "drawn":
-        where = "drawn"
-        _check_names(kept, attributes, drawn_faces.ATTRIBUTES)
-        key, images, table = _load_drawn(img_size)
-        labels = table[:, [drawn_faces.ATTRIBUTES.index(name) for name in (*kept, *attributes)]]
+    if str(path_to_data) == "synthetic":
+        where = "synthetic"
+        _check_names(kept, attributes, synthetic.ATTRIBUTES)
+        key, images, table = _load_synthetic(img_size)
+        labels = table[:, [synthetic.ATTRIBUTES.index(name) for name in (*kept, *attributes)]]
         held_out = _every_20th(len(images))
     else:
         source = find_source(Path(path_to_data))
@@ -111,8 +104,10 @@ def load_faces(
     train, aside = np.flatnonzero(keep & ~held_out), np.flatnonzero(keep & held_out)
     text = f"{len(train):,} faces ({len(aside):,} held out), {img_size}x{img_size}, from {where}"
     if kept:
-        wish = ", ".join(name if value == 1 else f"not {name}" for name, value in kept.items())
-        text += f": the {keep.sum():,} of {len(keep):,} with {wish}"
+        conditions = ", ".join(
+            name if value == 1 else f"not {name}" for name, value in kept.items()
+        )
+        text += f": the {keep.sum():,} of {len(keep):,} with {conditions}"
         if len(train) == 0:
             raise DataError("--only", f"leaves {text}", "ask for less at a time")
     return Faces(images, labels[:, len(kept) :].astype(np.float32), train, aside, key, text)
@@ -149,26 +144,26 @@ def _read_held_out(source: Source) -> np.ndarray:
     return source.partition.values(source.stems, columns, known=(0, 1, 2))[:, 0] != 0
 
 
-def _load_drawn(img_size: int) -> tuple[str, np.ndarray, np.ndarray]:
-    """Return key, images and attributes, (N, K) int8, of the drawn faces."""
-    code = Path(drawn_faces.__file__).read_bytes()  # another way to draw makes another array
-    key = f"drawn_{img_size}_{NUM_DRAWN}_{hashlib.sha256(code).hexdigest()[:16]}"
-    labels, shape = [], (NUM_DRAWN, len(drawn_faces.ATTRIBUTES))
+def _load_synthetic(img_size: int) -> tuple[str, np.ndarray, np.ndarray]:
+    """Return key, images and attributes, (N, K) int8, of the synthetic faces."""
+    code = Path(synthetic.__file__).read_bytes()  # another way to draw makes another array
+    key = f"drawn_{img_size}_{NUM_SYNTHETIC}_{hashlib.sha256(code).hexdigest()[:16]}"
+    labels, shape = [], (NUM_SYNTHETIC, len(synthetic.ATTRIBUTES))
     beside = PREPARED / f"{key}_attributes.npy"
     if load_array(beside, shape, np.int8) is None:
         (PREPARED / f"{key}.npy").unlink(missing_ok=True)  # of no use without them
 
     def draw() -> Iterator[np.ndarray]:
         """Yield the pictures in parts, (n, S, S, 3) uint8, and write their attributes."""
-        for start in range(0, NUM_DRAWN, 64):
-            numbers = range(start, min(start + 64, NUM_DRAWN))
-            pixels, has = zip(*(drawn_faces.draw_face(i, img_size) for i in numbers), strict=True)
+        for start in range(0, NUM_SYNTHETIC, 64):
+            numbers = range(start, min(start + 64, NUM_SYNTHETIC))
+            pixels, has = zip(*(synthetic.draw_face(i, img_size) for i in numbers), strict=True)
             labels.append(np.stack(has))
             yield np.stack(pixels)
         # This runs before the pictures are renamed: where they are, their attributes are too.
         save_array(f"{key}_attributes", shape, np.int8, labels)
 
-    images = _prepare(key, NUM_DRAWN, img_size, draw)
+    images = _prepare(key, NUM_SYNTHETIC, img_size, draw)
     return key, images, load_array(beside, shape, np.int8)
 
 
@@ -339,9 +334,3 @@ def drop_attributes(attributes: Tensor, share: float, generator: torch.Generator
     face = torch.rand(len(attributes), 1, **options)
     coin = torch.rand(attributes.shape, **options) < 0.5
     return attributes * ((face >= share) & (coin | (face >= (1 + share) / 2)))
-
-
-def to_x_0(pixels: Tensor) -> Tensor:
-    """(B, H, W, 3) uint8 to (B, 3, H, W) float32 in [-1, 1]."""
-    pixels = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-    return pixels.div_(127.5).sub_(1)

@@ -28,26 +28,22 @@ from torch import Tensor
 from tqdm import tqdm
 
 import cli
-from dataset import Faces, load_faces, to_x_0
+from dataset import Faces, load_faces
+from device import keep_freed_memory
 from diffusion import SAMPLERS
 from errors import DataError, UsageError
-from features import (
-    copies,
-    find_features,
-    measure_distances,
-    nearest_features,
-    nearest_pixels,
-)
+from files import save_json, write_atomically
+from generate import Trained, generate, load_trained
+from images import image_grid, save_image, to_uint8, to_x_0
 from likelihood import held_out_loss
 from log import say, table
-from sample import Trained, generate, load_trained
-from utils import image_grid, keep_freed_memory, save_image, save_json, to_uint8, write_atomically
+from metrics import copies, find_features, measure_distances, nearest_features, nearest_pixels
 
 NUM_SHOWN = 8  # faces in nearest.png and in each row of samplers.png
 
 
 @dataclass(frozen=True)
-class Evaluate:
+class EvaluateConfig:
     """What to measure, and how."""
 
     checkpoint: str = ""  # a run's folder (its newest), a file in it; empty: the newest run here
@@ -63,7 +59,7 @@ class Evaluate:
     raw: bool = False  # draw with the weights as trained, not with their average (EMA)
 
 
-class Drawn(NamedTuple):
+class Generated(NamedTuple):
     """What one sampler has drawn."""
 
     name: str  # as in --samplers
@@ -74,9 +70,9 @@ class Drawn(NamedTuple):
 # The pictures ------------------------------------------------------------------------------------
 
 
-def check_samplers(wish: Evaluate, num_timesteps: int) -> None:
+def check_samplers(config: EvaluateConfig, num_timesteps: int) -> None:
     """Raise UsageError for one of --samplers that cannot be."""
-    for text in wish.samplers:
+    for text in config.samplers:
         name, _, steps = text.partition(":")
         if name not in SAMPLERS or not steps.isdecimal() or int(steps) < 1:
             fix = f"write name:evaluations, such as dpm++:20; names: {', '.join(SAMPLERS)}"
@@ -86,7 +82,7 @@ def check_samplers(wish: Evaluate, num_timesteps: int) -> None:
             raise UsageError("--samplers", f"{text!r} has too many evaluations", fix)
 
 
-def drawn_from(trained: Trained, faces: Faces) -> str:
+def source_digest(trained: Trained, faces: Faces) -> str:
     """What the pictures are drawn from, in a few letters: the checkpoint, the precision and, where
     the network is asked for their attributes, the faces."""
     with open(trained.path, "rb") as file:
@@ -96,39 +92,41 @@ def drawn_from(trained: Trained, faces: Faces) -> str:
     return digest.hexdigest()[:12]
 
 
-def chunk_files(wish: Evaluate, folder: Path, digest: str, text: str) -> list[tuple[range, Path]]:
+def generated_files(
+    config: EvaluateConfig, folder: Path, digest: str, text: str
+) -> list[tuple[range, Path]]:
     """The pictures of a sampler in parts of a batch: their numbers, and the file that keeps them.
 
     The folder's name says what else the pictures depend on, so that none is taken for another."""
-    weights = "raw" if wish.raw else "ema"
-    name = f"{text.replace(':', '_')}_{weights}_seed{wish.seed}_batch{wish.batch_size}_{digest}"
-    return chunks(wish.num_images, wish.batch_size, folder / "drawn" / name)
+    weights = "raw" if config.raw else "ema"
+    name = f"{text.replace(':', '_')}_{weights}_seed{config.seed}_batch{config.batch_size}_{digest}"
+    return batch_files(config.num_images, config.batch_size, folder / "generated" / name)
 
 
-def chunks(num_images: int, batch_size: int, folder: Path) -> list[tuple[range, Path]]:
+def batch_files(num_images: int, batch_size: int, folder: Path) -> list[tuple[range, Path]]:
     """The numbers of the pictures in each batch, and the file in `folder` that keeps them."""
     starts = range(0, num_images, batch_size)
     parts = [range(start, min(start + batch_size, num_images)) for start in starts]
     return [(part, folder / f"{part.start:06d}-{part.stop:06d}.npz") for part in parts]
 
 
-def draw_missing(wish, trained: Trained, faces: Faces, text: str, parts) -> None:
+def generate_missing(config, trained: Trained, faces: Faces, text: str, parts) -> None:
     """Draw the parts that are not there yet. A network that knows attributes is asked for those of
     training faces, drawn at random."""
     sampler, steps = text.split(":")
     asked = None
     if trained.attributes:
-        picks = np.random.default_rng(wish.seed).choice(faces.train, wish.num_images)
+        picks = np.random.default_rng(config.seed).choice(faces.train, config.num_images)
         asked = torch.from_numpy(faces.attributes[picks])
     missing = [part for part in parts if not part[1].exists()]
     for numbers, path in tqdm(missing, f"drawing, {text}", disable=None):
-        options = dict(sampler=sampler, steps=int(steps), batch_size=wish.batch_size)
+        options = dict(sampler=sampler, steps=int(steps), batch_size=config.batch_size)
         if asked is not None:
             options["attributes"] = asked[numbers.start : numbers.stop]
-        keep_drawn(path, partial(next, generate(trained, numbers, wish.seed, **options)))
+        keep_generated(path, partial(next, generate(trained, numbers, config.seed, **options)))
 
 
-def keep_drawn(path: Path, draw: Callable[[], Tensor]) -> None:
+def keep_generated(path: Path, draw: Callable[[], Tensor]) -> None:
     """Keep in a file the pictures, (N, 3, H, W) in [-1, 1], and the seconds that drawing takes."""
     started = time.perf_counter()
     pixels = to_uint8(draw()).permute(0, 2, 3, 1).numpy()
@@ -141,7 +139,7 @@ def keep_drawn(path: Path, draw: Callable[[], Tensor]) -> None:
     write_atomically(path, write)
 
 
-def read_drawn(text: str, parts) -> Drawn:
+def read_generated(text: str, parts) -> Generated:
     """What lies in the files of one sampler. Raises DataError where one is damaged."""
     images, seconds = [], 0.0
     for _, path in parts:
@@ -152,18 +150,18 @@ def read_drawn(text: str, parts) -> Drawn:
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             fix = "delete it, and it is drawn again"
             raise DataError(path, f"is damaged ({error})", fix) from error
-    return Drawn(text, np.concatenate(images), seconds)
+    return Generated(text, np.concatenate(images), seconds)
 
 
 # The measures ------------------------------------------------------------------------------------
 
 
-def measure_held_out(wish: Evaluate, faces: Faces, raw: Trained, averaged: Trained) -> dict:
+def compare_held_out(config: EvaluateConfig, faces: Faces, raw: Trained, averaged: Trained) -> dict:
     """The loss in ten bands of t and the bits per dimension, of both sets of weights."""
     result = {}
     known = faces.images[faces.held_out], faces.attributes[faces.held_out]
     for name, trained in (("raw", raw), ("ema", averaged)):
-        options = dict(draws=wish.loss_draws, dtype=trained.dtype, show=sys.stderr.isatty())
+        options = dict(draws=config.loss_draws, dtype=trained.dtype, show=sys.stderr.isatty())
         loss = held_out_loss(trained.model, trained.diffusion, *known, **options)
         bits, error = loss.bits_per_dim()
         result[name] = {"bands": loss.bands(), "loss": float(loss.loss.mean())}
@@ -171,17 +169,19 @@ def measure_held_out(wish: Evaluate, faces: Faces, raw: Trained, averaged: Train
     return result
 
 
-def split_real(wish: Evaluate, faces: Faces) -> tuple[np.ndarray, np.ndarray]:
+def split_real(config: EvaluateConfig, faces: Faces) -> tuple[np.ndarray, np.ndarray]:
     """Two sets of real faces that share none, as indices: `num_images` that stand where drawn ones
     do (held-out ones first, topped up from the training faces), and the reference. Raises
     DataError where there are not enough."""
     random = np.random.default_rng(0)
     order = np.concatenate([random.permutation(faces.held_out), random.permutation(faces.train)])
-    floor, rest = order[: wish.num_images], order[max(wish.num_images, len(faces.held_out)) :]
-    wanted = wish.num_reference or len(rest)
+    floor, rest = order[: config.num_images], order[max(config.num_images, len(faces.held_out)) :]
+    wanted = config.num_reference or len(rest)
     if len(rest) < max(wanted, 2):
-        what = f"{wish.num_images} of the {len(order):,} faces set aside leave {len(rest):,}"
-        what += f" for a reference of {wanted:,}" if wish.num_reference else ", too few to compare"
+        what = f"{config.num_images} of the {len(order):,} faces set aside leave {len(rest):,}"
+        what += (
+            f" for a reference of {wanted:,}" if config.num_reference else ", too few to compare"
+        )
         raise DataError("--num_reference", what, "lower it, or --num_images")
     return floor, rest[:wanted]
 
@@ -189,7 +189,7 @@ def split_real(wish: Evaluate, faces: Faces) -> tuple[np.ndarray, np.ndarray]:
 # The report --------------------------------------------------------------------------------------
 
 
-def report(wish: Evaluate, result: dict) -> None:
+def report(config: EvaluateConfig, result: dict) -> None:
     """Print what was measured."""
     if held_out := result.get("held_out"):
         bands = len(held_out["ema"]["bands"])
@@ -200,7 +200,7 @@ def report(wish: Evaluate, result: dict) -> None:
             for name, values in held_out.items()
         ]
         say("\n" + table(["held-out loss", *heads, "mean", "bits/dim"], rows))
-    label = ["FID", "KID x 1000"] if wish.features == "inception" else []
+    label = ["FID", "KID x 1000"] if config.features == "inception" else []
     label = label or ["Frechet distance", "kernel distance x 1000"]
     rows = []
     for name, values in result["samplers"].items():
@@ -209,8 +209,8 @@ def report(wish: Evaluate, result: dict) -> None:
             spread = 1000 * values["kernel_deviation"]
             row += [f"{values['frechet']:.3f}", f"{1000 * values['kernel']:.3f} ± {spread:.3f}"]
         rows.append(row)
-    distances = label if wish.features != "none" else []
-    say("\n" + table([f"{wish.num_images} pictures", "seconds", *distances], rows))
+    distances = label if config.features != "none" else []
+    say("\n" + table([f"{config.num_images} pictures", "seconds", *distances], rows))
     rows = []
     for name, values in result["nearest"].items():
         shares = f"{values['copies']:.1%}", f"{values['median_ratio']:.3f}"
@@ -218,9 +218,11 @@ def report(wish: Evaluate, result: dict) -> None:
     say("\n" + table(["nearest training face", "d1/d2 < 1/3", "median d1/d2", "median d1"], rows))
 
 
-def draw_nearest(path: Path, images: np.ndarray, faces: Faces, found: list[np.ndarray]) -> None:
-    """Save a sheet: drawn faces, and under each the nearest training faces. found: (N, 2) indices
-    into the training faces, by pixels and by features where there are any."""
+def save_nearest_sheet(
+    path: Path, images: np.ndarray, faces: Faces, found: list[np.ndarray]
+) -> None:
+    """Save a sheet: generated faces, and under each the nearest training faces. found: (N, 2)
+    indices into the training faces, by pixels and by features where there are any."""
     shown = images[:NUM_SHOWN]
     rows, labels = [shown], ["generated"]
     for name, indices in zip(("pixels", "features"), found, strict=False):
@@ -231,52 +233,58 @@ def draw_nearest(path: Path, images: np.ndarray, faces: Faces, found: list[np.nd
     save_image(grid, path)
 
 
-def draw_samplers(path: Path, drawn: list[Drawn]) -> None:
+def save_sampler_sheet(path: Path, generated: list[Generated]) -> None:
     """Save a sheet: a row for each sampler, from the same noise."""
-    rows = np.concatenate([one.images[:NUM_SHOWN] for one in drawn])
-    columns = min(NUM_SHOWN, len(drawn[0].images))
-    labels = [one.name for one in drawn]
+    rows = np.concatenate([one.images[:NUM_SHOWN] for one in generated])
+    columns = min(NUM_SHOWN, len(generated[0].images))
+    labels = [one.name for one in generated]
     save_image(image_grid(to_x_0(torch.from_numpy(rows)), columns, labels), path)
 
 
-def check_flags(wish: Evaluate) -> None:
+def check_config(config: EvaluateConfig) -> None:
     """Raise UsageError, naming the flag, for what cannot be, whatever the checkpoint."""
     least = dict(num_images=2, num_reference=0, feature_size=0, loss_draws=0, seed=0, batch_size=1)
     for name, smallest in least.items():
-        if getattr(wish, name) < smallest:
-            what = f"is {getattr(wish, name)}"
+        if getattr(config, name) < smallest:
+            what = f"is {getattr(config, name)}"
             raise UsageError(f"--{name}", what, f"give a whole number from {smallest}")
-    if not wish.samplers or len(set(wish.samplers)) < len(wish.samplers):
+    if not config.samplers or len(set(config.samplers)) < len(config.samplers):
         raise UsageError("--samplers", "names none, or one twice", "give each once, as dpm++:20")
 
 
-def draw_all(wish, trained: Trained, faces: Faces, folder: Path, accelerator) -> list[Drawn]:
+def generate_all(
+    config, trained: Trained, faces: Faces, folder: Path, accelerator
+) -> list[Generated]:
     """Let each sampler draw, each process its share; what lies there already is taken. The list is
     empty but in the main process."""
-    digest = drawn_from(trained, faces)
-    chunks = {text: chunk_files(wish, folder, digest, text) for text in wish.samplers}
-    for text, parts in chunks.items():
+    digest = source_digest(trained, faces)
+    files = {text: generated_files(config, folder, digest, text) for text in config.samplers}
+    for text, parts in files.items():
         if accelerator.is_main_process:
             kept = sum(len(numbers) for numbers, path in parts if path.exists())
-            say(f"{text}: drawing {wish.num_images - kept:,} pictures, {kept:,} are there already")
+            say(
+                f"{text}: drawing {config.num_images - kept:,} pictures, {kept:,} are there already"
+            )
         share = parts[accelerator.process_index :: accelerator.num_processes]
-        draw_missing(wish, trained, faces, text, share)
+        generate_missing(config, trained, faces, text, share)
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
         return []
-    return [read_drawn(text, parts) for text, parts in chunks.items()]
+    return [read_generated(text, parts) for text, parts in files.items()]
 
 
-def measure_pictures(wish, faces, features, drawn: list[Drawn], real) -> tuple[dict, list]:
+def measure_pictures(
+    config, faces, features, generated: list[Generated], real
+) -> tuple[dict, list]:
     """The distances of all samplers' pictures, and the training faces nearest to the first one's.
 
     real: `split_real`'s. Returns what evaluation.json says of them, and the nearest places, (N, 2),
     in faces.train: by pixels and, where there are any, by features."""
     floor, reference = real
-    samplers = {one.name: {"seconds": one.seconds} for one in drawn}
-    sets = {"generated": drawn[0].images}
+    samplers = {one.name: {"seconds": one.seconds} for one in generated}
+    sets = {"generated": generated[0].images}
     if len(faces.held_out):
-        sets["held out"] = faces.images[faces.held_out[: wish.num_images]]
+        sets["held out"] = faces.images[faces.held_out[: config.num_images]]
     near, found = {}, []
     for name, images in sets.items():
         places, distances = nearest_pixels(images, faces.images, faces.train)
@@ -287,7 +295,7 @@ def measure_pictures(wish, faces, features, drawn: list[Drawn], real) -> tuple[d
         chosen = np.concatenate([reference, floor])
         vectors = features.cached(faces.images, chosen, faces.key)
         first, rest = vectors[: len(reference)], vectors[len(reference) :]
-        by_sampler = {one.name: features.of(one.images) for one in drawn}
+        by_sampler = {one.name: features.of(one.images) for one in generated}
         by_sampler["real faces (the floor)"] = rest
         for name, values in measure_distances(first, by_sampler).items():
             samplers[name] = samplers.get(name, {}) | values
@@ -300,21 +308,21 @@ def measure_pictures(wish, faces, features, drawn: list[Drawn], real) -> tuple[d
     return {"samplers": samplers, "nearest": near}, found
 
 
-def evaluate(wish: Evaluate) -> Path:
+def evaluate(config: EvaluateConfig) -> Path:
     """Measure what is wished. Returns the path of evaluation.json. Raises UserError."""
-    check_flags(wish)
+    check_config(config)
     keep_freed_memory()
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     device = str(accelerator.device)
-    averaged = load_trained(wish.checkpoint or None, device=device)
+    averaged = load_trained(config.checkpoint or None, device=device)
     raw = load_trained(averaged.path, raw=True, device=device)
-    trained, settings = raw if wish.raw else averaged, averaged.settings
-    check_samplers(wish, trained.diffusion.num_timesteps)
-    features = find_features(wish.features, wish.feature_size, device)
+    trained, settings = raw if config.raw else averaged, averaged.settings
+    check_samplers(config, trained.diffusion.num_timesteps)
+    features = find_features(config.features, config.feature_size, device)
     with accelerator.main_process_first():
-        data = (wish.path_to_data, trained.img_size, settings["only"], settings["attributes"])
+        data = (config.path_to_data, trained.img_size, settings["only"], settings["attributes"])
         faces = load_faces(*data)
-    real = split_real(wish, faces)
+    real = split_real(config, faces)
     if accelerator.is_main_process:
         say(f"{trained.path}, step {trained.step}, against {faces.description}")
         if faces.fingerprint != settings["faces"]:
@@ -322,25 +330,25 @@ def evaluate(wish: Evaluate) -> Path:
 
     run = trained.path.parent.parent if trained.path.parent.name == "checkpoints" else Path()
     folder = run / "evaluation"
-    drawn = draw_all(wish, trained, faces, folder, accelerator)
-    if drawn:
-        result = {"checkpoint": str(trained.path), "step": trained.step, "flags": asdict(wish)}
+    generated = generate_all(config, trained, faces, folder, accelerator)
+    if generated:
+        result = {"checkpoint": str(trained.path), "step": trained.step, "flags": asdict(config)}
         result |= {"data": faces.key, "faces": faces.fingerprint, "num_reference": len(real[1])}
-        if wish.loss_draws and len(faces.held_out):
-            result["held_out"] = measure_held_out(wish, faces, raw, averaged)
-        measured, found = measure_pictures(wish, faces, features, drawn, real)
+        if config.loss_draws and len(faces.held_out):
+            result["held_out"] = compare_held_out(config, faces, raw, averaged)
+        measured, found = measure_pictures(config, faces, features, generated, real)
         result |= measured
-        draw_nearest(folder / "nearest.png", drawn[0].images, faces, found)
-        draw_samplers(folder / "samplers.png", drawn)
+        save_nearest_sheet(folder / "nearest.png", generated[0].images, faces, found)
+        save_sampler_sheet(folder / "samplers.png", generated)
         save_json(folder / "evaluation.json", result)
-        report(wish, result)
+        report(config, result)
         say(f"\nwritten to {folder}")
     return folder / "evaluation.json"
 
 
 def main() -> None:
-    """The command line: Evaluate's flags."""
-    evaluate(cli.parse(Evaluate, sys.argv[1:], "Measure how good a checkpoint is."))
+    """The command line: EvaluateConfig's flags."""
+    evaluate(cli.parse(EvaluateConfig, sys.argv[1:], "Measure how good a checkpoint is."))
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from tqdm import trange
 
-from dataset import to_x_0
 from diffusion import Diffusion, draw_noise, evaluating, image_generators
+from images import to_x_0
 
 
 class HeldOutLoss(NamedTuple):

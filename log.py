@@ -10,7 +10,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from utils import save_image, write_atomically
+from files import write_atomically
+from images import save_image
 
 
 def say(text: str) -> None:
@@ -60,7 +61,7 @@ class RunLog:
         self.writer.flush()
         save_image(grid, self.folder / "samples" / f"step_{step:08d}.png")
 
-    def draw_loss(self) -> None:
+    def plot_loss(self) -> None:
         """Draw the losses so far as loss.png."""
         if not self.history:
             return

@@ -1,20 +1,18 @@
 """What keeps a run of days safe: signals, the lock on its folder, the checks before the first step,
 the watch over its numbers."""
 
-import contextlib
-import fcntl
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from errors import DivergedError, Interrupted, ResourceError, UsageError
-from utils import disk_error, free_bytes, remove_leftovers, sync_folder
+from errors import DivergedError, Interrupted, ResourceError
+from files import disk_error, free_bytes, remove_leftovers, sync_folder
 
 
 class StopSignals:
@@ -57,39 +55,6 @@ def agreed_stop(stop: StopSignals, accelerator: Accelerator, step: int) -> int:
     received = torch.tensor(stop.received, device=accelerator.device)
     torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX)
     return int(received)
-
-
-@contextlib.contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
-    """One run per folder. The kernel drops the lock with the process, so a crash leaves none
-    behind.
-
-    Raises UsageError, with the pid of the run that holds it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except FileExistsError as error:
-        raise UsageError(
-            "--experiment_name", f"{folder} is a file", "choose another name"
-        ) from error
-    except OSError as error:
-        raise disk_error(folder, error) from error
-    try:
-        file = open(folder / "lock", "a+")
-    except OSError as error:
-        raise disk_error(folder / "lock", error) from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            what = f"{folder} is in use by the run with pid {file.read().strip()}"
-            raise UsageError(
-                "--experiment_name", what, "choose another, or stop that run"
-            ) from error
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
-        yield
 
 
 def preflight(

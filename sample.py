@@ -8,7 +8,7 @@ python sample.py --num_images 5000 --out faces                # single pictures 
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,27 +19,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 import cli
-from dataset import parse_attributes, sheet_rows
-from diffusion import Diffusion, draw_noise, image_generators
-from errors import CheckpointError, UsageError
+from dataset import parse_attributes
+from device import keep_freed_memory
+from diffusion import draw_noise, image_generators
+from errors import UsageError
+from generate import Trained, generate, load_trained, sheet_rows
+from images import image_grid, save_image, to_uint8
 from log import say
-from unet import UNet
-from utils import (
-    autocast_dtype,
-    find_checkpoint,
-    image_grid,
-    keep_freed_memory,
-    load_checkpoint,
-    plain_keys,
-    save_image,
-    to_uint8,
-)
 
 GIF_FRAMES = 40  # at most, in the way from noise to faces
 
 
 @dataclass(frozen=True)
-class Sample:
+class SampleConfig:
     """What to draw, and how."""
 
     checkpoint: str = ""  # a run's folder (its newest), a file in it; empty: the newest run here
@@ -59,86 +51,7 @@ class Sample:
     out: str = "samples.png"  # .png: one grid; .gif: the way from noise to faces; else a folder
 
 
-@dataclass(frozen=True)
-class Trained:
-    """A network out of a checkpoint, with what was used to train it."""
-
-    path: Path
-    model: UNet
-    diffusion: Diffusion
-    dtype: torch.dtype | None  # half precision to run it in, or None
-    settings: dict  # the constants of its run
-    step: int
-
-    @property
-    def img_size(self) -> int:
-        """Pixels of a side."""
-        return self.settings["img_size"]
-
-    @property
-    def attributes(self) -> tuple[str, ...]:
-        """The attributes that faces can be asked for by; empty for an unconditional network."""
-        return tuple(self.settings["attributes"])
-
-    def autocast(self) -> torch.autocast:
-        """A context in which the network runs in `dtype`."""
-        return torch.autocast(self.diffusion.device.type, self.dtype, self.dtype is not None)
-
-
-def load_trained(checkpoint: str | Path | None, raw: bool = False, device: str = "") -> Trained:
-    """Build the network that a checkpoint holds, in eval mode.
-
-    checkpoint: as in `find_checkpoint`; raw: the weights in training, not their average; device:
-    "cuda" where there is one, else "cpu". Raises CheckpointError."""
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    path = find_checkpoint(checkpoint)
-    saved = load_checkpoint(path)
-    try:
-        model = UNet(**saved["unet"])
-        weights = saved["model"] if raw else saved["ema"]["model"]
-        model.load_state_dict(plain_keys(weights))
-        diffusion = Diffusion(**saved["diffusion"], device=device)
-        settings, step = saved["settings"], saved["step"]
-    except KeyError as error:
-        raise CheckpointError(path, f"lacks {error}", "take another checkpoint") from error
-    except (RuntimeError, TypeError) as error:
-        what = f"does not fit ({' '.join(str(error).split())[:300]})"
-        raise CheckpointError(path, what, "take another checkpoint") from error
-    model = model.eval().requires_grad_(False).to(device)
-    return Trained(path, model, diffusion, autocast_dtype("fp16", device), settings, step)
-
-
-def generate(
-    trained: Trained,
-    numbers: Sequence[int],
-    seed: int = 0,
-    batch_size: int = 64,
-    attributes: Tensor | None = None,
-    x_T: Tensor | None = None,
-    **options,
-) -> Iterator[Tensor]:
-    """Draw the pictures of these numbers, a batch at a time: yields (b, 3, H, W) in [-1, 1].
-
-    Picture i depends on (seed, i) alone, whatever the batch. attributes: (N, K), or (1, K) for all;
-    x_T: (N, 3, H, W), the noise to start from; options: `Diffusion.sample_loop`'s."""
-    size, device = trained.img_size, trained.diffusion.device
-    if attributes is not None:
-        attributes = attributes.to(device).expand(len(numbers), -1)
-    for start in range(0, len(numbers), batch_size):
-        part = slice(start, start + batch_size)
-        noise = image_generators(seed, numbers[part])
-        with trained.autocast():
-            yield trained.diffusion.sample(
-                trained.model,
-                (len(noise), 3, size, size),
-                generator=noise,
-                attributes=None if attributes is None else attributes[part],
-                x_T=None if x_T is None else x_T[part],
-                **options,
-            )
-
-
-def draw_way(trained: Trained, num_images: int, seed: int, **options) -> list[Image.Image]:
+def frames_from_noise(trained: Trained, num_images: int, seed: int, **options) -> list[Image.Image]:
     """The way from noise to faces: grids of x_t at up to GIF_FRAMES steps, and of the faces."""
     shape = (num_images, 3, trained.img_size, trained.img_size)
     if (attributes := options.pop("attributes", None)) is not None:
@@ -168,37 +81,39 @@ def between(trained: Trained, ends: Sequence[int], count: int, seed: int) -> Ten
     return noise.reshape(count, *shape[1:])
 
 
-def check_flags(wish: Sample) -> None:
+def check_config(config: SampleConfig) -> None:
     """Raise UsageError, naming the flag, for what cannot be, whatever the checkpoint."""
 
     def check(good: bool, name: str, allowed: str) -> None:
         if not good:
-            raise UsageError(f"--{name}", f"is {getattr(wish, name)!r}", f"give {allowed}")
+            raise UsageError(f"--{name}", f"is {getattr(config, name)!r}", f"give {allowed}")
 
     for name in ("num_images", "steps", "batch_size"):
-        check(getattr(wish, name) >= 1, name, "a whole number from 1")
-    check(wish.seed >= 0, "seed", "a whole number from 0")
-    check(0 <= wish.eta <= 1, "eta", "a number from 0 to 1")
-    check(wish.eta == 0 or wish.sampler == "ddim", "eta", "0, or --sampler ddim")
-    check(0 <= wish.guidance < math.inf, "guidance", "a number from 0, such as 2")
-    suffix = Path(wish.out).suffix
+        check(getattr(config, name) >= 1, name, "a whole number from 1")
+    check(config.seed >= 0, "seed", "a whole number from 0")
+    check(0 <= config.eta <= 1, "eta", "a number from 0 to 1")
+    check(config.eta == 0 or config.sampler == "ddim", "eta", "0, or --sampler ddim")
+    check(0 <= config.guidance < math.inf, "guidance", "a number from 0, such as 2")
+    suffix = Path(config.out).suffix
     check(suffix in ("", ".png", ".gif"), "out", "a name ending in .png or .gif, or a folder")
-    check(not wish.sheet or suffix == ".png", "out", "a name ending in .png, as --sheet is a grid")
-    if wish.interpolate:
-        pair = len(wish.interpolate) == 2 and min(wish.interpolate) >= 0
+    check(
+        not config.sheet or suffix == ".png", "out", "a name ending in .png, as --sheet is a grid"
+    )
+    if config.interpolate:
+        pair = len(config.interpolate) == 2 and min(config.interpolate) >= 0
         check(pair, "interpolate", "the numbers of two pictures, such as 3 8")
-        check(not wish.sheet, "sheet", "either --sheet or --interpolate")
-        same = wish.sampler != "ddpm" and wish.eta == 0
+        check(not config.sheet, "sheet", "either --sheet or --interpolate")
+        same = config.sampler != "ddpm" and config.eta == 0
         check(
             same, "sampler", "ddim or dpm++ without --eta, which draw the same from the same noise"
         )
 
 
-def read_condition(wish: Sample, trained: Trained) -> Tensor | None:
+def read_condition(config: SampleConfig, trained: Trained) -> Tensor | None:
     """(1, K) of 1, -1 and 0: what is asked for, or None of an unconditional network. Raises
     UsageError for what the network has not learned."""
-    asked, names = parse_attributes(wish.condition, "--condition"), trained.attributes
-    for flag, given in (("--condition", asked), ("--sheet", wish.sheet)):
+    asked, names = parse_attributes(config.condition, "--condition"), trained.attributes
+    for flag, given in (("--condition", asked), ("--sheet", config.sheet)):
         if given and not names:
             what = f"{trained.path} was trained without attributes"
             raise UsageError(flag, what, "train with --attributes, or take another checkpoint")
@@ -206,43 +121,45 @@ def read_condition(wish: Sample, trained: Trained) -> Tensor | None:
     if unknown:
         what = f"{trained.path} has not learned {', '.join(unknown)}"
         raise UsageError("--condition", what, f"choose of {', '.join(names)}")
-    if wish.guidance != 1 and not any(asked.values()) and not wish.sheet:
+    if config.guidance != 1 and not any(asked.values()) and not config.sheet:
         raise UsageError("--guidance", "nothing is asked for", "add --condition, or --sheet")
     if not names:
         return None
     return torch.tensor([[float(asked.get(name, 0)) for name in names]])
 
 
-def sample(wish: Sample) -> Path:
+def sample(config: SampleConfig) -> Path:
     """Draw and save what is wished. Returns where it lies. Raises UserError."""
-    check_flags(wish)
+    check_config(config)
     keep_freed_memory()
-    trained = load_trained(wish.checkpoint or None, wish.raw)
-    if wish.sampler != "dpm++" and wish.steps > trained.diffusion.num_timesteps:
-        fix = f"give at most {trained.diffusion.num_timesteps} for {wish.sampler}"
-        raise UsageError("--steps", f"is {wish.steps}", fix)
-    options = dict(sampler=wish.sampler, steps=wish.steps, eta=wish.eta, guidance=wish.guidance)
-    options["attributes"] = asked = read_condition(wish, trained)
-    out = Path(wish.out)
-    if out.suffix == ".gif" and not wish.interpolate:
-        save_gif(draw_way(trained, wish.num_images, wish.seed, **options), out)
-        return done(wish, trained)
+    trained = load_trained(config.checkpoint or None, config.raw)
+    if config.sampler != "dpm++" and config.steps > trained.diffusion.num_timesteps:
+        fix = f"give at most {trained.diffusion.num_timesteps} for {config.sampler}"
+        raise UsageError("--steps", f"is {config.steps}", fix)
+    options = dict(
+        sampler=config.sampler, steps=config.steps, eta=config.eta, guidance=config.guidance
+    )
+    options["attributes"] = asked = read_condition(config, trained)
+    out = Path(config.out)
+    if out.suffix == ".gif" and not config.interpolate:
+        save_gif(frames_from_noise(trained, config.num_images, config.seed, **options), out)
+        return done(config, trained)
 
     # What is drawn, and how it is laid out.
-    numbers, columns, labels = list(range(wish.num_images)), 0, ()
-    if wish.sheet:
-        columns = wish.num_images
+    numbers, columns, labels = list(range(config.num_images)), 0, ()
+    if config.sheet:
+        columns = config.num_images
         labels, rows = sheet_rows(trained.attributes)
         rows = torch.where(rows == 0, asked, rows)  # what --condition says holds in every row
         options["attributes"] = rows.repeat_interleave(columns, dim=0)
         numbers = numbers * len(labels)
-    if wish.interpolate:
-        columns = wish.num_images
-        options["x_T"] = between(trained, wish.interpolate, wish.num_images, wish.seed)
+    if config.interpolate:
+        columns = config.num_images
+        options["x_T"] = between(trained, config.interpolate, config.num_images, config.seed)
 
     kept, count = [], 0
     with tqdm(total=len(numbers), unit="image", disable=None) as bar:
-        for images in generate(trained, numbers, wish.seed, wish.batch_size, **options):
+        for images in generate(trained, numbers, config.seed, config.batch_size, **options):
             if out.suffix:
                 kept.append(images.cpu())
             else:
@@ -254,7 +171,7 @@ def sample(wish: Sample) -> Path:
         save_gif([image_grid(image[None]) for image in torch.cat(kept)], out)
     elif kept:
         save_image(image_grid(torch.cat(kept), columns, labels), out)
-    return done(wish, trained)
+    return done(config, trained)
 
 
 def save_gif(frames: list[Image.Image], path: Path) -> None:
@@ -264,15 +181,15 @@ def save_gif(frames: list[Image.Image], path: Path) -> None:
     save_image(first, path, save_all=True, append_images=rest, duration=pauses, loop=0)
 
 
-def done(wish: Sample, trained: Trained) -> Path:
+def done(config: SampleConfig, trained: Trained) -> Path:
     """Say what lies where."""
-    say(f"faces of {trained.path} in {wish.out}")
-    return Path(wish.out)
+    say(f"faces of {trained.path} in {config.out}")
+    return Path(config.out)
 
 
 def main() -> None:
-    """The command line: Sample's flags."""
-    sample(cli.parse(Sample, sys.argv[1:], "Draw pictures from a checkpoint."))
+    """The command line: SampleConfig's flags."""
+    sample(cli.parse(SampleConfig, sys.argv[1:], "Draw pictures from a checkpoint."))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Train a denoising diffusion model (DDPM, Ho et al. 2020) on faces.
 
-    python train.py --demo                            # drawn faces, minutes on a CPU, no download
+    python train.py --demo                            # synthetic faces, minutes on a CPU
     python train.py --path_to_data data               # CelebA, downloaded into ./data where absent
     python train.py --path_to_data data --resume      # go on after a stop, a crash, a kill
     accelerate launch train.py --path_to_data data    # several GPUs
@@ -18,29 +18,31 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from PIL import Image
 from torch import Tensor
 
 import cli
-from dataset import Batches, drop_attributes, load_faces, sheet_rows
-from diffusion import Diffusion, image_generators
+from dataset import Batches, drop_attributes, load_faces
+from device import autocast_dtype, keep_freed_memory
+from diffusion import Diffusion
 from errors import Interrupted, UsageError
+from files import lock_folder, save_json
+from generate import sample_grid
 from likelihood import held_out_loss
 from log import Progress, RunLog, say
-from safety import StopSignals, Watch, agreed_stop, lock_folder, preflight
-from state import diffusion_arguments, make_state, take_up, unet_arguments
+from safety import StopSignals, Watch, agreed_stop, preflight
 from unet import default_channel_mults
 from utils import (
-    autocast_dtype,
     checkpoint_path,
-    image_grid,
-    keep_freed_memory,
+    diffusion_arguments,
+    make_state,
     prune_checkpoints,
     save_checkpoint,
-    save_json,
-    seed_of,
+    take_up,
+    unet_arguments,
 )
 
 
@@ -50,7 +52,7 @@ class Config:
 
     # The run
     experiment_name: str = "my_first_diffusion"  # folder for checkpoints, samples, TensorBoard
-    path_to_data: str = "data"  # folder or zip of faces, or "drawn"; absent: CelebA comes there
+    path_to_data: str = "data"  # folder or zip of faces, or "synthetic"; absent: CelebA comes there
     resume: bool = False  # go on from the newest good checkpoint, or start where there is none
     seed: int = 0  # of everything random: weights, data order, noise, dropout
     # The data
@@ -94,7 +96,7 @@ PROCESS_TIMEOUT = timedelta(minutes=60)
 # What `--demo` changes: faces the program draws itself, a network that a CPU trains in minutes.
 DEMO = dict(
     experiment_name="demo",
-    path_to_data="drawn",
+    path_to_data="synthetic",
     img_size=32,
     channels=48,
     channel_mults=(1, 2, 2),
@@ -153,6 +155,11 @@ def check_config(config: Config) -> None:
         check(fits, "head_dim", f"a divisor of {config.channels * mult} channels")
 
 
+def seed_of(*numbers: int) -> int:
+    """One seed, below 2**63, from several numbers: any of them changed gives an unrelated seed."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
 def learning_rate(config: Config, step: int) -> float:
     """The learning rate of the update that follows `step` completed ones."""
     warmup = min(1.0, (step + 1) / max(1, config.warmup_steps))
@@ -200,26 +207,6 @@ def train_step(config, state, diffusion, batches, forward, dtype, rank=0) -> tup
     state.ema.update(state.model)
     state.step += 1
     return total, grad_norm
-
-
-def draw_samples(config, model, diffusion, dtype, stop, steps=20) -> Image.Image | None:
-    """A grid of faces, from always the same noise and in `sample.py`'s default sampler; of a
-    network that knows attributes a sheet that asks for each of them. None where a signal came in
-    between."""
-    rows, columns, labels, attributes = 1, config.num_samples, (), None
-    if config.attributes:
-        labels, asked = sheet_rows(config.attributes)
-        rows, columns = len(labels), max(1, config.num_samples // len(labels))
-        attributes = asked.repeat_interleave(columns, dim=0).to(diffusion.device)
-    shape = (rows * columns, 3, config.img_size, config.img_size)
-    noise = image_generators(config.seed, list(range(columns)) * rows)
-    options = dict(steps=steps, generator=noise, attributes=attributes)
-    with torch.autocast(diffusion.device.type, dtype, enabled=dtype is not None):
-        for _, _, x_0 in diffusion.sample_loop(model, shape, **options):
-            faces = x_0
-            if stop.received:
-                return None
-    return image_grid(faces, columns if labels else 0, labels)
 
 
 def measure_held_out(config, model, diffusion, faces, dtype) -> dict[str, float]:
@@ -278,7 +265,7 @@ def train(config: Config) -> Path:
             save_checkpoint(path, about | state.state_dict())
 
         def draw(config: Config = config, steps: int = 20) -> Image.Image | None:
-            return draw_samples(config, ema, diffusion, dtype, stop, steps)
+            return sample_grid(config, ema, diffusion, dtype, stop, steps)
 
         # Find out now what would fail later.
         if is_main:
@@ -322,7 +309,7 @@ def train(config: Config) -> Path:
                 if saving and is_main:
                     save(checkpoint_path(folder, step))
                     prune_checkpoints(folder, config.keep_checkpoints)
-                    log.draw_loss()
+                    log.plot_loss()
                 if stopping:
                     say(f"stopped by a signal, step {step} is saved; go on with --resume")
                     raise Interrupted(stopping)
@@ -342,7 +329,9 @@ def main() -> None:
     arguments = sys.argv[1:]
     default = replace(Config(), **DEMO) if "--demo" in arguments else Config()
     flags = [argument for argument in arguments if argument != "--demo"]
-    description = "Train a diffusion model on faces. --demo: on drawn faces, in minutes, on a CPU."
+    description = (
+        "Train a diffusion model on faces. --demo: on synthetic faces, in minutes, on a CPU."
+    )
     train(cli.parse(Config, flags, description, default))
 
 

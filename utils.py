@@ -5,111 +5,28 @@ flipped bit is noticed (`torch.load` notices none). It is written aside, synced,
 then given its name: whatever happens, the newest good one stays.
 """
 
-import contextlib
-import ctypes
 import hashlib
 import io
-import json
-import math
 import os
 import re
-import shutil
 import sys
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from torchvision.utils import make_grid
 
-from errors import CheckpointError, DivergedError, ResourceError
+from ema import EMA
+from errors import CheckpointError, DivergedError, UsageError
+from files import write_atomically
+from log import say
+from unet import UNet
 
 CHECKPOINT_FORMAT = 1
 _DIGEST = b"sha256:"  # begins the archive's comment, its last bytes
 _COMMENT_BYTES = len(_DIGEST) + 64
-
-
-def seed_of(*numbers: int) -> int:
-    """One seed, below 2**63, from several numbers: any of them changed gives an unrelated seed."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-def keep_freed_memory() -> None:
-    """Let the C library keep large blocks that are freed, for the next use. As it is, each tensor
-    of a step is given back to the system and handed out anew page by page, a tenth of a CPU's
-    step."""
-    with contextlib.suppress(OSError, AttributeError):  # another system or C library
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block of its own for a large tensor
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-
-
-def autocast_dtype(mixed_precision: str, device: torch.device) -> torch.dtype | None:
-    """The half precision to compute in, or None for float32.
-
-    mixed_precision: "fp16", "bf16" or "no". A CPU takes bf16 for either where it has the
-    instructions for it, and else float32."""
-    if mixed_precision == "no":
-        return None
-    if device.type == "cuda":
-        return torch.float16 if mixed_precision == "fp16" else torch.bfloat16
-    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else None
-
-
-# Files -------------------------------------------------------------------------------------------
-
-
-def write_atomically(path: Path, write: Callable[[Path], None], needed: int = 0) -> None:
-    """Let `write` fill a file beside `path`, then give it that name: readers see all of it or none.
-
-    needed: bytes, for the error. Raises ResourceError where the disk refuses."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(aside)
-        with open(aside, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-        sync_folder(path.parent)
-    except OSError as error:
-        raise disk_error(path, error, needed) from error
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a renaming in the folder outlive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def disk_error(path: Path, error: OSError, needed: int = 0) -> ResourceError:
-    """The line for a disk that refuses a write of `needed` bytes."""
-    size = f" ({needed:,} bytes needed)" if needed else ""
-    reason = error.strerror or str(error)
-    return ResourceError(path, f"cannot be written{size}: {reason}", "free or choose another disk")
-
-
-def save_json(path: Path, values: dict) -> None:
-    """Write a dictionary as indented JSON."""
-    write_atomically(path, lambda aside: aside.write_text(json.dumps(values, indent=2) + "\n"))
-
-
-def free_bytes(folder: Path) -> int:
-    """What the folder's disk can still take."""
-    return shutil.disk_usage(folder).free
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Remove what a killed run left half written. Only for the run that holds the folder's lock."""
-    for aside in folder.glob(".*.tmp"):
-        aside.unlink(missing_ok=True)
 
 
 # Checkpoints -------------------------------------------------------------------------------------
@@ -290,35 +207,141 @@ def plain_keys(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in weights.items()}
 
 
-# Pictures ----------------------------------------------------------------------------------------
+# Resuming ----------------------------------------------------------------------------------------
+
+# What a resumed run may change; anything else would make it another run.
+MAY_CHANGE = {
+    "experiment_name",
+    "path_to_data",  # the faces themselves are compared by their fingerprint
+    "resume",
+    "num_training_steps",
+    "mixed_precision",
+    "compile",
+    "log_every",
+    "sample_every",
+    "num_samples",
+    "save_every",
+    "keep_checkpoints",
+}
 
 
-def to_uint8(images: Tensor) -> Tensor:
-    """(..., 3, H, W) in [-1, 1] to uint8 in 0 ... 255, on the CPU."""
-    return (images.float().clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8).cpu()
+@dataclass
+class State:
+    """What a step changes, nothing more: a checkpoint of it is a run that can go on."""
+
+    model: UNet
+    ema: EMA
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    step: int = 0  # completed updates
+    history: list[list[float]] = field(default_factory=list)  # [step, loss] at each log
+
+    def state_dict(self) -> dict:
+        """Tensors and plain values only."""
+        return {
+            "step": self.step,
+            "history": self.history,
+            "model": self.model.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load_state_dict(self, saved: dict, path: Path) -> None:
+        """Take up the state that `path` held. Raises CheckpointError where something does not
+        fit."""
+        try:
+            self.model.load_state_dict(plain_keys(saved["model"]))
+            ema = saved["ema"]
+            self.ema.load_state_dict({**ema, "model": plain_keys(ema["model"])})
+            self.optimizer.load_state_dict(saved["optimizer"])
+            if saved["scaler"]["growth_interval"] == self.scaler.get_growth_interval():
+                self.scaler.load_state_dict(saved["scaler"])
+            else:
+                say("note: resumed in another precision, so the loss scale starts afresh")
+            self.step, self.history = saved["step"], [list(point) for point in saved["history"]]
+        except KeyError as error:
+            what, fix = f"lacks {error}", "resume from another checkpoint"
+            raise CheckpointError(path, what, fix) from error
+        except (RuntimeError, ValueError) as error:
+            what = f"does not fit ({' '.join(str(error).split())[:300]})"
+            fix = "pass the settings it was trained with"
+            raise CheckpointError(path, what, fix) from error
 
 
-def image_grid(images: Tensor, columns: int = 0, labels: Sequence[str] = ()) -> Image.Image:
-    """One picture of many. images: (N, 3, H, W) in [-1, 1]; columns: 0 for as square as can be;
-    labels: a text for each row, to the left of it."""
-    columns = columns or math.ceil(math.sqrt(len(images)))
-    grid = make_grid(to_uint8(images), nrow=columns, padding=2, pad_value=255)
-    picture = Image.fromarray(grid.permute(1, 2, 0).numpy())
-    if not labels:
-        return picture
-    height = images.shape[-2] + 2
-    font = ImageFont.load_default(size=max(9, min(16, height // 3)))
-    labels = [label.replace(" ", "  ") for label in labels]  # its spaces are narrow
-    margin = 8 + math.ceil(max(font.getlength(label) for label in labels))
-    sheet = Image.new("RGB", (margin + picture.width, picture.height), "white")
-    sheet.paste(picture, (margin, 0))
-    draw = ImageDraw.Draw(sheet)
-    for row, label in enumerate(labels):
-        draw.text((margin - 4, (row + 0.5) * height), label, "black", font, anchor="rm")
-    return sheet
+def make_state(config, device: torch.device, fp16: bool) -> State:
+    """The network, its average, the optimiser and the loss scale, as they are before the first
+    step."""
+    torch.manual_seed(config.seed)
+    model = UNet(**unet_arguments(config)).to(device)
+    # Outside fp16 the scale is 1 and stays 1: it only keeps a gradient that is not finite from the
+    # weights, without waiting for the GPU to tell.
+    scaler = torch.amp.GradScaler(
+        device.type,
+        init_scale=2.0**16 if fp16 else 1.0,
+        growth_interval=2000 if fp16 else 2**31 - 1,
+    )
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=config.learning_rate, weight_decay=0.0, fused=True
+    )
+    return State(model, EMA(model, config.ema_decay), optimizer, scaler)
 
 
-def save_image(image: Image.Image, path: Path, **options) -> None:
-    """Save a picture in the format its name ends in, whole or not at all."""
-    format = Image.registered_extensions()[path.suffix.lower()]
-    write_atomically(path, lambda aside: image.save(aside, format=format, **options))
+def diffusion_arguments(config) -> dict:
+    """What `Diffusion(**...)` needs to be built again."""
+    names = ("num_timesteps", "noise_schedule", "prediction")
+    return {name: getattr(config, name) for name in names}
+
+
+def unet_arguments(config) -> dict:
+    """What `UNet(**...)` needs to be built again."""
+    names = ["img_size", "channels", "channel_mults", "num_res_blocks"]
+    names += ["attn_resolutions", "head_dim", "dropout"]
+    arguments = {name: getattr(config, name) for name in names}
+    return arguments | {"num_attributes": len(config.attributes)}
+
+
+def take_up(state: State, folder: Path, about: dict, resume: bool) -> None:
+    """Load the newest good checkpoint of `folder` into `state`, where the run is to be resumed and
+    there is one.
+
+    about: "settings", "unet" and "diffusion" of this run, as the checkpoint holds them. Raises
+    UsageError where a new run would fall into the folder of another, or where the settings differ
+    in
+    what may not change: it lists both values of each; CheckpointError where no checkpoint is good
+    or it holds another network."""
+    if not resume:
+        if list_checkpoints(folder):
+            what = f"{folder} already holds the checkpoints of a run"
+            fix = "pass --resume to go on, or choose another name"
+            raise UsageError("--experiment_name", what, fix)
+        return
+    found = load_newest_checkpoint(folder)
+    if found is None:
+        say(f"nothing to resume in {folder}: starting at step 0")
+        return
+    path, saved = found
+    for key in about:
+        if key not in saved:
+            raise CheckpointError(path, f"lacks {key!r}", "resume from another checkpoint")
+    fix = "pass the values it was trained with, or choose another --experiment_name"
+    network = _differences(saved["unet"], about["unet"])
+    if network:
+        raise CheckpointError(path, f"holds another network: {_list(network)}", fix)
+    changes = _differences(saved["settings"], about["settings"])
+    refused = {name: values for name, values in changes.items() if name not in MAY_CHANGE}
+    if refused:
+        raise UsageError("--resume", f"{path} is of another run: {_list(refused)}", fix)
+    state.load_state_dict(saved, path)
+    changes.pop("resume", None)
+    say(f"resumed {path}" + (f"; changed: {_list(changes)}" if changes else ""))
+
+
+def _differences(before: dict, now: dict) -> dict[str, tuple]:
+    names = before.keys() | now.keys()
+    pairs = {name: (before.get(name), now.get(name)) for name in sorted(names)}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _list(changes: dict[str, tuple]) -> str:
+    return ", ".join(f"{name} was {old}, is {new}" for name, (old, new) in changes.items())

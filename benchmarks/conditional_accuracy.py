@@ -1,4 +1,4 @@
-"""Do the faces have what was asked for? A classifier trained on other drawn faces judges.
+"""Do the faces have what was asked for? A classifier trained on other synthetic faces judges.
 
     python train.py --demo --experiment_name asked --num_training_steps 3000 \\
         --attributes Smiling Eyeglasses Blond_Hair Black_Hair
@@ -17,18 +17,18 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import cli
-from benchmarks.drawn_features import classifier
-from drawn_faces import ATTRIBUTES
+from benchmarks.synthetic_features import classifier
+from device import keep_freed_memory
+from generate import Trained, generate, load_trained
 from log import say, table
-from sample import Trained, generate, load_trained
-from utils import keep_freed_memory
+from synthetic import ATTRIBUTES
 
 
 @dataclass(frozen=True)
 class Accuracy:
     """What to judge, and how."""
 
-    checkpoint: str = ""  # a run on drawn faces with --attributes; empty: the newest run here
+    checkpoint: str = ""  # a run on synthetic faces with --attributes; empty: the newest run here
     num_images: int = 128  # faces for each attribute, on and off
     guidance: tuple[float, ...] = (1.0, 2.0, 4.0)  # each of these in turn
     steps: int = 20  # evaluations of the network, by dpm++
@@ -36,36 +36,36 @@ class Accuracy:
 
 @torch.no_grad()
 def share_as_asked(
-    wish: Accuracy, trained: Trained, judge, column: int, value: int, guidance: float
+    config: Accuracy, trained: Trained, judge, column: int, value: int, guidance: float
 ) -> float:
     """The share of faces that have the network's attribute `column` (value 1), or have it not (-1),
     when asked."""
     asked = torch.zeros(1, len(trained.attributes))
     asked[0, column] = value
-    options = dict(attributes=asked, guidance=guidance, steps=wish.steps)
+    options = dict(attributes=asked, guidance=guidance, steps=config.steps)
     place = ATTRIBUTES.index(trained.attributes[column])
-    batches = generate(trained, range(wish.num_images), seed=column, **options)
+    batches = generate(trained, range(config.num_images), seed=column, **options)
     has = torch.cat([judge(faces.float().cpu())[:, place] > 0 for faces in batches])
     return float((has == (value == 1)).float().mean())
 
 
 def main() -> None:
     """Print the table."""
-    wish = cli.parse(Accuracy, sys.argv[1:], "Do the faces have what was asked for?")
+    config = cli.parse(Accuracy, sys.argv[1:], "Do the faces have what was asked for?")
     keep_freed_memory()
-    trained = load_trained(wish.checkpoint or None)
+    trained = load_trained(config.checkpoint or None)
     judge, right = classifier()
     right = right[[ATTRIBUTES.index(name) for name in trained.attributes]]
-    rows, totals = [], torch.zeros(len(wish.guidance))
+    rows, totals = [], torch.zeros(len(config.guidance))
     for column, name in enumerate(trained.attributes):
         for value in (1, -1):
-            face = (wish, trained, judge, column, value)
-            shares = [share_as_asked(*face, guidance) for guidance in wish.guidance]
+            face = (config, trained, judge, column, value)
+            shares = [share_as_asked(*face, guidance) for guidance in config.guidance]
             totals += torch.tensor(shares) / (2 * len(trained.attributes))
             label = name if value == 1 else f"not {name}"
             rows.append([label, *(f"{share:.1%}" for share in shares), f"{right[column]:.1%}"])
     rows.append(["mean", *(f"{total:.1%}" for total in totals), f"{right.mean():.1%}"])
-    heads = [f"guidance {guidance:g}" for guidance in wish.guidance]
+    heads = [f"guidance {guidance:g}" for guidance in config.guidance]
     say(table(["asked for", *heads, "classifier"], rows))
 
 

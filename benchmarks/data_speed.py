@@ -65,19 +65,19 @@ class DataSpeed:
     full: int = 0  # pictures of a zip to prepare as a whole; CelebA has 202599; 0: none
 
 
-def write_pictures(wish: DataSpeed, root: Path) -> Path:
+def write_pictures(config: DataSpeed, root: Path) -> Path:
     """Write the pictures into a folder `faces` of another one, as ImageFolder wants them; returns
     the other one, which has CelebA's name where they are CelebA's, so that they are cropped so."""
-    source = find_source(Path(wish.path_to_data)) if wish.path_to_data else None
+    source = find_source(Path(config.path_to_data)) if config.path_to_data else None
     root = root / ("img_align_celeba" if source and source.aligned else "pictures")
     (root / "faces").mkdir(parents=True)
     if source:
-        for i, name in enumerate(source.pictures[: wish.num_pictures]):
+        for i, name in enumerate(source.pictures[: config.num_pictures]):
             suffix = Path(name).suffix.lower()
             (root / "faces" / f"{i:06d}{suffix}").write_bytes(source.read(name))
         return root
     random = np.random.default_rng(0)
-    for i in range(wish.num_pictures):
+    for i in range(config.num_pictures):
         colours = Image.fromarray(random.integers(0, 256, (7, 6, 3), dtype=np.uint8))
         picture = colours.resize((178, 218), Image.Resampling.BICUBIC)
         picture.save(root / "faces" / f"{i:06d}.jpg", quality=90)
@@ -127,19 +127,19 @@ def prepare_anew(root: Path, img_size: int) -> Faces:
 
 
 def make_calls(
-    wish: DataSpeed, root: Path, device: torch.device
+    config: DataSpeed, root: Path, device: torch.device
 ) -> tuple[dict[str, Callable], dict[str, int]]:
     """For each row a call that returns its seconds, and how many pictures go into it."""
     count = len(find_source(root).pictures)
-    faces = prepare_anew(root, wish.img_size)
-    theirs = image_folder(root, wish.img_size, mirror=False)
+    faces = prepare_anew(root, config.img_size)
+    theirs = image_folder(root, config.img_size, mirror=False)
     compared = check_same_pictures(faces.images, theirs)
     print(f"checked: {compared} pictures are the same on both sides, pixel for pixel")
-    batches = Batches(faces, wish.batch_size, device=device)
+    batches = Batches(faces, config.batch_size, device=device)
     turns = max(100, batches.per_epoch)
 
     def decode() -> None:
-        for _ in decode_all(find_source(root), wish.img_size):
+        for _ in decode_all(find_source(root), config.img_size):
             pass
 
     def take_batches() -> None:
@@ -150,25 +150,25 @@ def make_calls(
         for images, _ in loader:
             images.to(device, non_blocking=True)
 
-    calls = {"decode_all": decode, "load_faces": lambda: prepare_anew(root, wish.img_size)}
+    calls = {"decode_all": decode, "load_faces": lambda: prepare_anew(root, config.img_size)}
     calls |= {"Batches": take_batches}
-    pictures = {"decode_all": count, "load_faces": count, "Batches": turns * wish.batch_size}
-    dataset = image_folder(root, wish.img_size, mirror=True)
+    pictures = {"decode_all": count, "load_faces": count, "Batches": turns * config.batch_size}
+    dataset = image_folder(root, config.img_size, mirror=True)
     for workers in WORKERS:
-        options = dict(batch_size=wish.batch_size, shuffle=True, drop_last=True)
+        options = dict(batch_size=config.batch_size, shuffle=True, drop_last=True)
         options["pin_memory"] = device.type == "cuda"
         # The workers stay from epoch to epoch: their start is not counted.
         loader = DataLoader(dataset, num_workers=workers, persistent_workers=workers > 0, **options)
         calls[f"DataLoader {workers}"] = partial(go_through, loader)
-        pictures[f"DataLoader {workers}"] = len(loader) * wish.batch_size
+        pictures[f"DataLoader {workers}"] = len(loader) * config.batch_size
     for call in calls.values():
         call()  # the files are in the system's memory from here on, for all rows
     return {name: partial(seconds_of, call, device) for name, call in calls.items()}, pictures
 
 
-def measure_step(wish: DataSpeed, device: torch.device) -> float:
+def measure_step(config: DataSpeed, device: torch.device) -> float:
     """Milliseconds of a training step of the demo's network."""
-    config = replace(Config(**DEMO), img_size=wish.img_size, batch_size=wish.batch_size)
+    config = replace(Config(**DEMO), img_size=config.img_size, batch_size=config.batch_size)
     with Worker(Ours, config, device) as worker:
         return worker("time_constant", 2) * 1e3
 
@@ -184,27 +184,27 @@ class Preparation:
         return seconds, peak_memory(cpu)
 
 
-def prepare_zip(wish: DataSpeed, root: Path) -> str:
+def prepare_zip(config: DataSpeed, root: Path) -> str:
     """Make a zip of `full` pictures, the ones there again and again, and start twice with it.
     Returns the line about it."""
     contents = [path.read_bytes() for path in sorted((root / "faces").iterdir())]
     path = root.parent / "full.zip"
     with zipfile.ZipFile(path, "w") as archive:
-        for i in range(wish.full):
+        for i in range(config.full):
             archive.writestr(f"img_align_celeba/{i:06d}.jpg", contents[i % len(contents)])
     starts = []
     for _ in range(2):
         with Worker(Preparation) as worker:
-            starts.append(worker("run", path, wish.img_size))
+            starts.append(worker("run", path, config.img_size))
     (first, memory), (second, _) = starts
     return (
-        f"a zip of {wish.full:,} pictures ({path.stat().st_size / 1e9:.2f} GB): prepared in"
-        f" {first / 60:.2f} minutes ({wish.full / first:,.0f} pictures/s) with at most"
+        f"a zip of {config.full:,} pictures ({path.stat().st_size / 1e9:.2f} GB): prepared in"
+        f" {first / 60:.2f} minutes ({config.full / first:,.0f} pictures/s) with at most"
         f" {memory / 1e9:.2f} GB of memory; the second start takes {second:.2g} s"
     )
 
 
-def format_tables(wish: DataSpeed, seconds: dict, pictures: dict, step_ms: float) -> str:
+def format_tables(config: DataSpeed, seconds: dict, pictures: dict, step_ms: float) -> str:
     """The table of preparing and the table of batches."""
     titles = {
         "decode_all": "this project: decoded",
@@ -224,9 +224,9 @@ def format_tables(wish: DataSpeed, seconds: dict, pictures: dict, step_ms: float
 
     lines = []
     for name in ["Batches", *loaders]:
-        cost = 1e3 * wish.batch_size / median(rates[name])
+        cost = 1e3 * config.batch_size / median(rates[name])
         times = [f"{ratio(rates[name], rates[loader]):.2f}" for loader in loaders]
-        speed = f"{median(rates[name]) / wish.batch_size:,.4g}"
+        speed = f"{median(rates[name]) / config.batch_size:,.4g}"
         lines.append([titles[name], speed, f"{cost:.3g}", f"{cost / step_ms:.2%}", *times])
     columns = ["in training", "batches/s", "ms a batch", f"of a step of {step_ms:.4g} ms"]
     return text + "\n\n" + table([*columns, *(f"x {n} workers" for n in WORKERS)], lines)
@@ -235,25 +235,25 @@ def format_tables(wish: DataSpeed, seconds: dict, pictures: dict, step_ms: float
 def main() -> None:
     """The command line."""
     description = "How fast pictures become batches, beside torchvision's ImageFolder."
-    wish = cli.parse(DataSpeed, sys.argv[1:], description)
-    check_positive(wish, "num_pictures", "img_size", "batch_size", "rounds")
-    if wish.path_to_data:
-        wish = replace(wish, path_to_data=str(Path(wish.path_to_data).absolute()))
-    device = find_device(wish.device)
+    config = cli.parse(DataSpeed, sys.argv[1:], description)
+    check_positive(config, "num_pictures", "img_size", "batch_size", "rounds")
+    if config.path_to_data:
+        config = replace(config, path_to_data=str(Path(config.path_to_data).absolute()))
+    device = find_device(config.device)
     about_machine = machine(device)
-    step_ms = wish.step_ms or measure_step(wish, device)
+    step_ms = config.step_ms or measure_step(config, device)
     # The prepared arrays go into the current folder.
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-        root = write_pictures(wish, Path(folder))
-        calls, pictures = make_calls(wish, root, device)
-        seconds = measure(calls, wish.rounds)
-        print(f"\n{format_tables(wish, seconds, pictures, step_ms)}\n")
+        root = write_pictures(config, Path(folder))
+        calls, pictures = make_calls(config, root, device)
+        seconds = measure(calls, config.rounds)
+        print(f"\n{format_tables(config, seconds, pictures, step_ms)}\n")
         print(
-            f"{pictures['decode_all']:,} pictures to {wish.img_size} px, batch {wish.batch_size},"
-            f" {wish.rounds} rounds; files in the system's memory"
+            f"{pictures['decode_all']:,} pictures to {config.img_size} px, batch"
+            f" {config.batch_size}, {config.rounds} rounds; files in the system's memory"
         )
-        if wish.full:
-            print(prepare_zip(wish, root))
+        if config.full:
+            print(prepare_zip(config, root))
     print(about_machine)
 
 

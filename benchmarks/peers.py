@@ -17,13 +17,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.common import empty_cache, peak_memory, seconds_of
 from dataset import Batches, Faces
+from device import autocast_dtype, keep_freed_memory
 from diffusion import Diffusion
 from errors import UsageError
 from safety import Watch
-from state import diffusion_arguments, make_state, unet_arguments
 from train import Config, check_config, train_step
 from unet import UNet, default_channel_mults
-from utils import autocast_dtype, keep_freed_memory
+from utils import diffusion_arguments, make_state, unet_arguments
 
 DTYPES = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -43,11 +43,11 @@ def make_config(img_size: int, channels: int, channel_mults: tuple[int, ...], **
     return config
 
 
-def check_positive(wish: object, *names: str) -> None:
+def check_positive(config: object, *names: str) -> None:
     """Raise UsageError where one of these flags is not a number from 1."""
     for name in names:
-        if getattr(wish, name) < 1:
-            raise UsageError(f"--{name}", f"is {getattr(wish, name)}", "give a number from 1")
+        if getattr(config, name) < 1:
+            raise UsageError(f"--{name}", f"is {getattr(config, name)}", "give a number from 1")
 
 
 def random_faces(count: int, img_size: int) -> Faces:

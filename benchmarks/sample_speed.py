@@ -39,14 +39,14 @@ from benchmarks.common import (
     seconds_of,
 )
 from benchmarks.peers import check_positive, diffusers_network, make_config
+from device import autocast_dtype, keep_freed_memory
 from diffusion import Diffusion
 from errors import UsageError
+from generate import generate, load_trained
 from log import table
-from sample import generate, load_trained
-from state import diffusion_arguments, unet_arguments
 from train import Config
 from unet import UNet
-from utils import autocast_dtype, keep_freed_memory, save_checkpoint
+from utils import diffusion_arguments, save_checkpoint, unet_arguments
 
 HALF_A_GREY_LEVEL = 1 / 255  # pictures are in [-1, 1], in 255 steps
 SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}  # as diffusers names them
@@ -67,16 +67,18 @@ class SampleSpeed:
     device: str = ""  # cpu or cuda; empty: the GPU where there is one
 
 
-def config_of(wish: SampleSpeed) -> Config:
+def config_of(config: SampleSpeed) -> Config:
     """The constants of the network and its diffusion. Raises UsageError."""
-    check_positive(wish, "num_images", "rounds", "ddpm_rounds")
-    config = make_config(wish.img_size, wish.channels, wish.channel_mults)
-    if not all(2 <= steps <= config.num_timesteps for steps in wish.steps):
-        raise UsageError("--steps", f"is {wish.steps}", f"give 2 to {config.num_timesteps}")
-    if not wish.steps and not wish.ddpm_steps:
+    check_positive(config, "num_images", "rounds", "ddpm_rounds")
+    config = make_config(config.img_size, config.channels, config.channel_mults)
+    if not all(2 <= steps <= config.num_timesteps for steps in config.steps):
+        raise UsageError("--steps", f"is {config.steps}", f"give 2 to {config.num_timesteps}")
+    if not config.steps and not config.ddpm_steps:
         raise UsageError("--steps", "and --ddpm_steps leave nothing to draw", "give either")
-    if not 0 <= wish.ddpm_steps <= config.num_timesteps:
-        raise UsageError("--ddpm_steps", f"is {wish.ddpm_steps}", f"at most {config.num_timesteps}")
+    if not 0 <= config.ddpm_steps <= config.num_timesteps:
+        raise UsageError(
+            "--ddpm_steps", f"is {config.ddpm_steps}", f"at most {config.num_timesteps}"
+        )
     return config
 
 
@@ -199,11 +201,11 @@ def largest_difference(
     return difference
 
 
-def run_rows(wish: SampleSpeed, path: Path, device: torch.device) -> list[dict[str, str]]:
+def run_rows(config: SampleSpeed, path: Path, device: torch.device) -> list[dict[str, str]]:
     """The lines of the table, by column. Before them the pictures are compared."""
-    kinds = [(sampler, n, wish.rounds) for sampler in ("ddim", "dpm++") for n in wish.steps]
-    if wish.ddpm_steps:
-        kinds.append(("ddpm", wish.ddpm_steps, wish.ddpm_rounds))
+    kinds = [(sampler, n, config.rounds) for sampler in ("ddim", "dpm++") for n in config.steps]
+    if config.ddpm_steps:
+        kinds.append(("ddpm", config.ddpm_steps, config.ddpm_rounds))
     makers = {"ours": (Ours, path, device, False), "diffusers": (Diffusers, path, device, False)}
     ratios = [("x in float32", "diffusers", "ours")]
     if autocast_dtype("fp16", device) is not None:
@@ -214,7 +216,7 @@ def run_rows(wish: SampleSpeed, path: Path, device: torch.device) -> list[dict[s
     lines = []
     with ExitStack() as stack:
         workers = {name: stack.enter_context(Worker(*row)) for name, row in makers.items()}
-        steps, count = min(wish.steps, default=10), min(8, wish.num_images)
+        steps, count = min(config.steps, default=10), min(8, config.num_images)
         difference, weights = workers["diffusers"]("compare", steps, count)
         print(
             f"checked: both hold {weights:,} weights, and {count} pictures of DDIM at {steps}"
@@ -223,8 +225,8 @@ def run_rows(wish: SampleSpeed, path: Path, device: torch.device) -> list[dict[s
         for sampler, steps, rounds in kinds:
             calls = {}
             for name, worker in workers.items():
-                worker("time", sampler, min(steps, 4), wish.num_images)  # warms up
-                calls[name] = partial(worker, "time", sampler, steps, wish.num_images)
+                worker("time", sampler, min(steps, 4), config.num_images)  # warms up
+                calls[name] = partial(worker, "time", sampler, steps, config.num_images)
             seconds = measure(calls, rounds)
             line = {"sampler": sampler, "evaluations": f"{steps}"}
             line |= {f"{name} s": f"{median(each):.3g}" for name, each in seconds.items()}
@@ -237,18 +239,18 @@ def run_rows(wish: SampleSpeed, path: Path, device: torch.device) -> list[dict[s
 def main() -> None:
     """The command line."""
     description = "How fast this project draws pictures, beside diffusers with the same weights."
-    wish = cli.parse(SampleSpeed, sys.argv[1:], description)
-    config, device = config_of(wish), find_device(wish.device)
+    config = cli.parse(SampleSpeed, sys.argv[1:], description)
+    config, device = config_of(config), find_device(config.device)
     about_machine = machine(device)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "random.pt"
         write_checkpoint(config, path)
-        lines = run_rows(wish, path, device)
+        lines = run_rows(config, path, device)
     rows = [list(line.values()) for line in lines]
     print(f"\n{table(list(lines[0]), rows)}\n")
     print(
-        f"{wish.num_images} pictures of {wish.img_size} px in a batch, {wish.rounds} rounds"
-        f" (ddpm: {wish.ddpm_rounds})"
+        f"{config.num_images} pictures of {config.img_size} px in a batch, {config.rounds} rounds"
+        f" (ddpm: {config.ddpm_rounds})"
     )
     print(about_machine)
 

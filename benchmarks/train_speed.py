@@ -76,22 +76,22 @@ class Measured:
     memory: int = 0  # bytes, at most
 
 
-def config_of(wish: TrainSpeed, **changes) -> Config:
+def config_of(config: TrainSpeed, **changes) -> Config:
     """The constants of the rows."""
-    check_positive(wish, "rounds", "steps_per_round")
-    shape = (wish.img_size, wish.channels, wish.channel_mults)
-    return make_config(*shape, batch_size=wish.batch_size, **changes)
+    check_positive(config, "rounds", "steps_per_round")
+    shape = (config.img_size, config.channels, config.channel_mults)
+    return make_config(*shape, batch_size=config.batch_size, **changes)
 
 
-def makers(wish: TrainSpeed, device: torch.device) -> dict[str, tuple]:
+def makers(config: TrainSpeed, device: torch.device) -> dict[str, tuple]:
     """For each row that can be measured here, its class and arguments. Names the others."""
-    for name in wish.rows:
+    for name in config.rows:
         if name not in ROWS:
             raise UsageError("--rows", f"no row {name}", f"choose of {', '.join(ROWS)}")
     gpu = device.type == "cuda"
     bf16 = gpu or torch.cpu._is_avx512_bf16_supported()
     lucid = importlib.util.find_spec("denoising_diffusion_pytorch") is not None
-    config = partial(config_of, wish)
+    config = partial(config_of, config)
     plain, on_bf16 = config(), config(mixed_precision="bf16")
     float32 = config(mixed_precision="no")
     every = {
@@ -104,7 +104,7 @@ def makers(wish: TrainSpeed, device: torch.device) -> dict[str, tuple]:
         "diffusers-advised": (bf16, Diffusers, plain, device, "bf16", True),
         "denoising-diffusion-pytorch": (lucid, DenoisingDiffusionPytorch, plain, device),
     }
-    chosen = {name: row for name, row in every.items() if not wish.rows or name in wish.rows}
+    chosen = {name: row for name, row in every.items() if not config.rows or name in config.rows}
     without = [name for name, row in chosen.items() if not row[0]]
     if without:
         print(f"not on this machine: {', '.join(without)}", file=sys.stderr)
@@ -128,24 +128,24 @@ def check_same_network(abouts: dict[str, dict]) -> str:
     )
 
 
-def run_rows(wish: TrainSpeed, device: torch.device) -> tuple[dict[str, Measured], dict, dict]:
+def run_rows(config: TrainSpeed, device: torch.device) -> tuple[dict[str, Measured], dict, dict]:
     """Measure all rows in turn. Returns them, what the machine can do in each precision (TFLOP/s of
     matrix products and of convolutions, in each round), and the parts of our step."""
     with ExitStack() as stack:
         workers = {
-            name: stack.enter_context(Worker(*row)) for name, row in makers(wish, device).items()
+            name: stack.enter_context(Worker(*row)) for name, row in makers(config, device).items()
         }
         rows = {name: Measured(worker("about")) for name, worker in workers.items()}
         if any(row.about["same_network"] for row in rows.values()):
             print(check_same_network({name: row.about for name, row in rows.items()}))
         precisions = sorted({row.about["precision"] for row in rows.values()})
-        steps, rates_of = wish.steps_per_round, Machine(config_of(wish), device).rates
+        steps, rates_of = config.steps_per_round, Machine(config_of(config), device).rates
         calls = {name: partial(worker, "time", steps) for name, worker in workers.items()}
         for precision in precisions:
             calls[f"rates {precision}"] = partial(rates_of, precision)
         if "ours" in workers:
             calls["constant"] = partial(workers["ours"], "time_constant", steps)
-        answers = measure(calls, wish.rounds)
+        answers = measure(calls, config.rounds)
         for name, row in rows.items():
             row.seconds, row.memory = answers[name], workers[name]("memory")
         rates = {precision: answers[f"rates {precision}"] for precision in precisions}
@@ -157,11 +157,11 @@ def run_rows(wish: TrainSpeed, device: torch.device) -> tuple[dict[str, Measured
     return rows, rates, parts
 
 
-def format_rows(wish: TrainSpeed, rows: dict[str, Measured], rates: dict, reference: str) -> str:
+def format_rows(config: TrainSpeed, rows: dict[str, Measured], rates: dict, reference: str) -> str:
     """The table: every number is the median over the rounds."""
     lines = []
     for name, row in rows.items():
-        speeds = [wish.batch_size / seconds for seconds in row.seconds]
+        speeds = [config.batch_size / seconds for seconds in row.seconds]
         work = 3 * row.about["flops"] / 1e12  # TFLOP for a picture
         shares = []
         for rate in zip(*rates[row.about["precision"]], strict=True):
@@ -210,19 +210,19 @@ def main() -> None:
     """The command line."""
     rows = "\n\n".join(f"{name}: {about}." for name, about in ROWS.items())
     description = f"How fast this project trains, beside its peers. Rows:\n\n{rows}"
-    wish = cli.parse(TrainSpeed, sys.argv[1:], description)
-    device = find_device(wish.device)
+    config = cli.parse(TrainSpeed, sys.argv[1:], description)
+    device = find_device(config.device)
     about_machine = machine(device)
-    measured, rates, parts = run_rows(wish, device)
+    measured, rates, parts = run_rows(config, device)
     # Like with like: a GPU's rows are compared with the example's in half precision.
     reference = "diffusers-fp16" if device.type == "cuda" else "diffusers"
-    print(f"\n{format_rows(wish, measured, rates, reference)}\n")
+    print(f"\n{format_rows(config, measured, rates, reference)}\n")
     print(format_machine(rates))
     if "ours" in measured:
         print(format_parts(measured["ours"], parts))
     print(
-        f"{wish.img_size} px, batch {wish.batch_size}, {wish.rounds} rounds of"
-        f" {wish.steps_per_round} steps; peak GB of "
+        f"{config.img_size} px, batch {config.batch_size}, {config.rounds} rounds of"
+        f" {config.steps_per_round} steps; peak GB of "
         + ("the GPU" if device.type == "cuda" else "the process, libraries included")
     )
     print(about_machine)

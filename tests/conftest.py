@@ -10,6 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
+from train import Config
+
 ROOT = Path(__file__).resolve().parents[1]
 
 TINY = dict(
@@ -33,6 +35,11 @@ TINY = dict(
     num_samples=4,
     save_every=3,
 )
+
+
+def tiny(**changes) -> Config:
+    """A run of seconds; `changes` are its other constants."""
+    return Config(**{**TINY, **changes})
 
 
 @pytest.fixture(autouse=True)

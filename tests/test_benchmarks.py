@@ -16,10 +16,11 @@ from benchmarks import data_speed, quality, sample_speed, train_speed
 from benchmarks.common import Worker, measure, ratio
 from benchmarks.peers import diffusers_network, forward_flops, make_config
 from dataset import Batches, load_faces
+from device import autocast_dtype
 from errors import UsageError
 from log import table
 from train import Config, train
-from utils import autocast_dtype, load_checkpoint
+from utils import load_checkpoint
 
 SMALLEST = ["--img_size", "8", "--channels", "64", "--channel_mults", "1", "1", "--rounds", "1"]
 SMALL = make_config(img_size=8, channels=64, channel_mults=(1, 1))
@@ -124,10 +125,10 @@ PEERS = [name for name in quality.PEERS if importlib.util.find_spec(name.replace
 
 
 def test_quality_trains_each_peer_for_the_minutes_and_measures_all(short_run):
-    wish = ["--checkpoint", "run", "--path_to_data", "pictures", "--minutes", "0.02", *CPU]
-    wish += ["--steps", "3", "--num_images", "4", "--batch_size", "3", "--samplers", "dpm++:2"]
-    wish += ["--features", "mine:load", "--peers", *PEERS]
-    text = run("quality", *wish)
+    config = ["--checkpoint", "run", "--path_to_data", "pictures", "--minutes", "0.02", *CPU]
+    config += ["--steps", "3", "--num_images", "4", "--batch_size", "3", "--samplers", "dpm++:2"]
+    config += ["--features", "mine:load", "--peers", *PEERS]
+    text = run("quality", *config)
     samplers, copied = read_tables(text)
     floor = "real faces (the floor)"
     assert list(samplers) == ["dpm++:2", *(f"{name}:3" for name in PEERS), floor]
@@ -141,7 +142,7 @@ def test_quality_trains_each_peer_for_the_minutes_and_measures_all(short_run):
     assert Image.open("quality/pictures.png").size[0] > 4 * 10
 
     # Once more: all is there.
-    (again, _) = read_tables(run("quality", *wish))
+    (again, _) = read_tables(run("quality", *config))
     assert again == samplers
 
 

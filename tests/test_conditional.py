@@ -3,34 +3,35 @@
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, assert_error, flags, run_script, tensors_equal
+from conftest import TINY, assert_error, flags, run_script, tensors_equal, tiny
 from PIL import Image
 
 import dataset
-from dataset import drop_attributes, load_faces, sheet_rows
+from dataset import drop_attributes, load_faces
 from errors import UsageError
-from sample import Sample, load_trained, sample
+from generate import load_trained, sheet_rows
+from sample import SampleConfig, sample
 from train import Config, check_config, train
 from utils import checkpoint_path, list_checkpoints, load_checkpoint, save_checkpoint
 
 ASKED = ("Smiling", "Eyeglasses")
 
 
-def tiny(**changes) -> Config:
-    drawn = dict(path_to_data="drawn", attributes=ASKED, batch_size=8, prediction="v")
-    return Config(**{**TINY, **drawn, **changes})
+def conditional(**changes) -> Config:
+    known = dict(path_to_data="synthetic", attributes=ASKED, batch_size=8, prediction="v")
+    return tiny(**{**known, **changes})
 
 
 @pytest.fixture(autouse=True)
 def few_faces(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(dataset, "NUM_DRAWN", 60)
+    monkeypatch.setattr(dataset, "NUM_SYNTHETIC", 60)
 
 
 @pytest.fixture
 def run():
     """A run, its averaged weights shaken so that what is asked for shows after six steps."""
-    folder = train(tiny(learning_rate=0.01))
+    folder = train(conditional(learning_rate=0.01))
     path = checkpoint_path(folder, 6)
     state = load_checkpoint(path)
     torch.manual_seed(0)
@@ -60,18 +61,18 @@ def test_conditional_training_uses_the_faces_attributes(run):
     with pytest.MonkeyPatch.context() as patch:
         real = dataset.Faces
         patch.setattr(dataset, "Faces", lambda *a: real(a[0], -a[1], *a[2:]))
-        train(tiny(learning_rate=0.01, experiment_name="opposite"))
+        train(conditional(learning_rate=0.01, experiment_name="opposite"))
     assert not tensors_equal(final()["model"], final("opposite")["model"])
 
 
 def test_share_dropped_changes_the_training(run):
-    train(tiny(learning_rate=0.01, experiment_name="never", attribute_dropout=0.0))
+    train(conditional(learning_rate=0.01, experiment_name="never", attribute_dropout=0.0))
     assert not tensors_equal(final()["model"], final("never")["model"])
 
 
 def test_resumed_conditional_run_equals_uninterrupted_run(run):
-    train(tiny(learning_rate=0.01, num_training_steps=3, experiment_name="halves"))
-    train(tiny(learning_rate=0.01, resume=True, experiment_name="halves"))
+    train(conditional(learning_rate=0.01, num_training_steps=3, experiment_name="halves"))
+    train(conditional(learning_rate=0.01, resume=True, experiment_name="halves"))
     for part in ("model", "optimizer"):
         assert tensors_equal(final()[part], final("halves")[part])
 
@@ -85,7 +86,7 @@ def test_grids_of_a_conditional_run_are_labelled_sheets(run):
 
 
 def drawn(**options):
-    out = sample(Sample(checkpoint="run", num_images=3, steps=3, out="grid.png", **options))
+    out = sample(SampleConfig(checkpoint="run", num_images=3, steps=3, out="grid.png", **options))
     return np.asarray(Image.open(out)).astype(int)
 
 
@@ -104,19 +105,21 @@ def test_what_is_asked_for_changes_the_pictures(run):
 def test_every_sampler_and_output_takes_a_condition(run, sampler):
     options = dict(checkpoint="run", condition=("Smiling",), guidance=2.0, sampler=sampler)
     for out in ("faces.png", "way.gif", "faces"):
-        assert sample(Sample(num_images=2, steps=3, out=out, **options)).exists()
+        assert sample(SampleConfig(num_images=2, steps=3, out=out, **options)).exists()
 
 
 def test_sheet_has_a_row_for_each_attribute_on_and_off_from_the_same_noise(run):
     trained = load_trained(run)
     assert trained.attributes == ASKED
-    sheet = Image.open(sample(Sample("run", num_images=3, steps=3, sheet=True, out="sheet.png")))
+    sheet = Image.open(
+        sample(SampleConfig("run", num_images=3, steps=3, sheet=True, out="sheet.png"))
+    )
     assert sheet.height == 4 * 10 + 2
     left = sheet.width - (3 * 10 + 2)
     cells = np.asarray(sheet)[:, left:]
     alone = np.asarray(
         Image.open(
-            sample(Sample("run", num_images=3, steps=3, condition=("Smiling",), out="s.png"))
+            sample(SampleConfig("run", num_images=3, steps=3, condition=("Smiling",), out="s.png"))
         )
     )
     difference = np.abs(cells[2:10, 2:10].astype(int) - alone[2:10, 2:10])
@@ -124,9 +127,11 @@ def test_sheet_has_a_row_for_each_attribute_on_and_off_from_the_same_noise(run):
 
 
 def test_condition_beside_a_sheet_holds_in_every_row(run):
-    plain = sample(Sample("run", num_images=2, steps=3, sheet=True, out="a.png"))
+    plain = sample(SampleConfig("run", num_images=2, steps=3, sheet=True, out="a.png"))
     with_glasses = sample(
-        Sample("run", num_images=2, steps=3, sheet=True, condition=("Eyeglasses",), out="b.png")
+        SampleConfig(
+            "run", num_images=2, steps=3, sheet=True, condition=("Eyeglasses",), out="b.png"
+        )
     )
     a, b = (np.asarray(Image.open(path)).astype(int) for path in (plain, with_glasses))
     assert np.abs(a[:20] - b[:20]).max() > 1  # the rows of Smiling now have glasses
@@ -134,11 +139,11 @@ def test_condition_beside_a_sheet_holds_in_every_row(run):
 
 
 def test_only_trains_on_the_matching_faces(capsys):
-    train(tiny(attributes=(), only=("Smiling", "Eyeglasses=-1"), batch_size=4))
-    faces = load_faces("drawn", 8, attributes=ASKED)
+    train(conditional(attributes=(), only=("Smiling", "Eyeglasses=-1"), batch_size=4))
+    faces = load_faces("synthetic", 8, attributes=ASKED)
     has = (faces.attributes == [1, -1]).all(1)
     assert f"the {has.sum()} of 60 with Smiling, not Eyeglasses" in capsys.readouterr().out
-    assert set(load_faces("drawn", 8, ("Smiling", "Eyeglasses=-1")).train) == {
+    assert set(load_faces("synthetic", 8, ("Smiling", "Eyeglasses=-1")).train) == {
         i for i in faces.train if has[i]
     }
 
@@ -154,7 +159,7 @@ def test_only_trains_on_the_matching_faces(capsys):
     ],
 )
 def test_bad_wishes_in_training_are_one_line(changes, code, parts):
-    result = run_script("train.py", *flags({**TINY, "path_to_data": "drawn", **changes}))
+    result = run_script("train.py", *flags({**TINY, "path_to_data": "synthetic", **changes}))
     assert_error(result, code, *parts)
     assert not list_checkpoints(dataset.Path("run"))
 
@@ -175,10 +180,10 @@ def test_attributes_of_pictures_that_have_none_are_refused(here):
 )
 def test_bad_wishes_in_sampling_are_one_line(run, options, text):
     with pytest.raises(UsageError, match=text):
-        sample(Sample("run", num_images=2, steps=2, out="no.png", **options))
+        sample(SampleConfig("run", num_images=2, steps=2, out="no.png", **options))
     assert not dataset.Path("no.png").exists()
 
 
 def test_each_attribute_is_asked_for_once():
     with pytest.raises(UsageError, match="--attributes"):
-        check_config(tiny(attributes=("Smiling", "Smiling")))
+        check_config(conditional(attributes=("Smiling", "Smiling")))

@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 import dataset
-import drawn_faces
 import sources
-from dataset import Batches, Faces, load_faces, parse_attributes, to_x_0
+import synthetic
+from dataset import Batches, Faces, load_faces, parse_attributes
 from errors import DataError, UsageError
+from images import to_x_0
 from sources import crop_face, decode_face, face_box
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "celeba"
@@ -282,14 +283,14 @@ def test_celeba_without_a_partition_holds_out_every_20th(tmp_path):
 
 
 def test_drawn_faces_are_those_of_drawn_faces(monkeypatch):
-    monkeypatch.setattr(dataset, "NUM_DRAWN", 70)
-    names = drawn_faces.ATTRIBUTES
+    monkeypatch.setattr(dataset, "NUM_SYNTHETIC", 70)
+    names = synthetic.ATTRIBUTES
     for _ in range(2):  # drawn, then mapped
-        faces = load_faces("drawn", 16, attributes=names)
-        pixels, has = zip(*(drawn_faces.draw_face(i, 16) for i in range(70)), strict=True)
+        faces = load_faces("synthetic", 16, attributes=names)
+        pixels, has = zip(*(synthetic.draw_face(i, 16) for i in range(70)), strict=True)
         np.testing.assert_array_equal(faces.images, pixels)
         np.testing.assert_array_equal(faces.attributes, has)
-    kept = load_faces("drawn", 16, only=[names[0]])
+    kept = load_faces("synthetic", 16, only=[names[0]])
     assert (
         sorted([*kept.train, *kept.held_out]) == np.flatnonzero(np.array(has)[:, 0] == 1).tolist()
     )
@@ -313,7 +314,7 @@ def test_unknown_attributes_are_refused_with_those_that_exist(tmp_path):
     with pytest.raises(UsageError, match="^--attributes: .*Mail"):
         load_faces(root, 64, attributes=["Mail"])
     with pytest.raises(UsageError, match="^--attributes: .*Mail.*Eyeglasses"):
-        load_faces("drawn", 16, attributes=["Mail"])
+        load_faces("synthetic", 16, attributes=["Mail"])
     with pytest.raises(UsageError, match="^--only"):
         load_faces(root, 64, only=["Male=0"])
     assert not Path("prepared").exists()  # said before the minutes of preparing

@@ -8,14 +8,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from torch import nn
 
-from diffusion import (
-    SAMPLERS,
-    SIGMA_MAX,
-    Diffusion,
-    draw_noise,
-    image_generators,
-    make_betas,
-)
+from diffusion import SAMPLERS, SIGMA_MAX, Diffusion, draw_noise, image_generators, make_betas
 
 THEIRS = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
 SHAPE = (2, 3, 4, 4)

@@ -14,13 +14,14 @@ import dataset
 import evaluate as evaluate_module
 from dataset import load_faces
 from errors import DataError, UserError
-from evaluate import Evaluate, evaluate, measure_pictures, split_real
-from features import find_features
-from sample import generate, load_trained
+from evaluate import EvaluateConfig, evaluate, measure_pictures, split_real
+from generate import generate, load_trained
+from images import to_uint8
+from metrics import find_features
 from train import Config, train
-from utils import checkpoint_path, load_checkpoint, save_checkpoint, to_uint8
+from utils import checkpoint_path, load_checkpoint, save_checkpoint
 
-SMALL = Evaluate(
+SMALL = EvaluateConfig(
     checkpoint="run",
     path_to_data="pictures",
     num_images=6,
@@ -31,8 +32,8 @@ SMALL = Evaluate(
 )
 
 
-def as_flags(wish: Evaluate) -> list[str]:
-    return flags({field.name: getattr(wish, field.name) for field in fields(wish)})
+def as_flags(config: EvaluateConfig) -> list[str]:
+    return flags({field.name: getattr(config, field.name) for field in fields(config)})
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +100,7 @@ def test_pictures_are_those_that_sample_draws(run):
     evaluate(SMALL)
     trained = load_trained("run")
     expected = torch.cat(list(generate(trained, range(6), sampler="ddim", steps=3)))
-    paths = sorted((run / "evaluation" / "drawn").glob("ddim_3_ema*/*.npz"))
+    paths = sorted((run / "evaluation" / "generated").glob("ddim_3_ema*/*.npz"))
     kept = np.concatenate([np.load(path)["images"] for path in paths])
     difference = kept.astype(int) - to_uint8(expected).permute(0, 2, 3, 1).numpy().astype(int)
     assert np.abs(difference).max() <= 1
@@ -109,7 +110,7 @@ def test_pictures_are_those_that_sample_draws(run):
 def test_just_as_many_pictures_are_drawn_as_asked(run, count):
     evaluate(replace(SMALL, num_images=count, features="none", loss_draws=0))
     for sampler in ("dpm++_2", "ddim_3"):
-        (folder,) = (run / "evaluation" / "drawn").glob(f"{sampler}_*")
+        (folder,) = (run / "evaluation" / "generated").glob(f"{sampler}_*")
         assert sum(len(np.load(path)["images"]) for path in folder.iterdir()) == count
 
 
@@ -123,25 +124,25 @@ def test_stopped_in_the_middle_it_goes_on_from_what_is_drawn(run, monkeypatch):
         return real(trained, numbers, *args, **options)
 
     monkeypatch.setattr(evaluate_module, "generate", interrupted)
-    wish = replace(SMALL, samplers=("dpm++:2",), num_images=14, features="none", loss_draws=0)
+    config = replace(SMALL, samplers=("dpm++:2",), num_images=14, features="none", loss_draws=0)
     with pytest.raises(KeyboardInterrupt):
-        evaluate(wish)
+        evaluate(config)
     assert [len(numbers) for numbers in calls] == [4, 4, 4]
     calls.extend([None] * 3)  # no more interruptions
-    evaluate(wish)
+    evaluate(config)
     assert [numbers.start for numbers in calls[6:]] == [8, 12]
-    evaluate(replace(wish, num_images=16))  # the last part was a smaller one
+    evaluate(replace(config, num_images=16))  # the last part was a smaller one
     assert [(numbers.start, numbers.stop) for numbers in calls[8:]] == [(12, 16)]
 
 
 def test_other_weights_seeds_and_checkpoints_share_no_pictures(run):
-    wish = replace(SMALL, features="none", loss_draws=0, samplers=("dpm++:2",))
-    evaluate(wish)
-    evaluate(replace(wish, raw=True))
-    evaluate(replace(wish, seed=1))
+    config = replace(SMALL, features="none", loss_draws=0, samplers=("dpm++:2",))
+    evaluate(config)
+    evaluate(replace(config, raw=True))
+    evaluate(replace(config, seed=1))
     train(Config(**{**TINY, "num_training_steps": 9, "resume": True}))
-    evaluate(wish)
-    folders = sorted((run / "evaluation" / "drawn").iterdir())
+    evaluate(config)
+    folders = sorted((run / "evaluation" / "generated").iterdir())
     assert len(folders) == 4
     pictures = [np.load(sorted(folder.iterdir())[0])["images"] for folder in folders]
     assert all((a != b).any() for i, a in enumerate(pictures) for b in pictures[:i])
@@ -161,7 +162,7 @@ def test_real_faces_are_split_without_overlap(run):
 def test_planted_training_faces_are_called_copies(run):
     faces = load_faces("pictures", 8)
     images = faces.images[faces.train[10:16]]
-    drawn = [evaluate_module.Drawn("planted", np.asarray(images), 1.0)]
+    drawn = [evaluate_module.Generated("planted", np.asarray(images), 1.0)]
     features = find_features("mine:load")
     real = split_real(SMALL, faces)
     said, (by_pixels, by_features) = measure_pictures(SMALL, faces, features, drawn, real)
@@ -173,9 +174,9 @@ def test_planted_training_faces_are_called_copies(run):
 
 
 def test_conditional_network_is_asked_for_what_training_faces_have(here, monkeypatch):
-    monkeypatch.setattr(dataset, "NUM_DRAWN", 60)
+    monkeypatch.setattr(dataset, "NUM_SYNTHETIC", 60)
     names = ("Smiling", "Eyeglasses")
-    train(Config(**{**TINY, "path_to_data": "drawn", "attributes": names}))
+    train(Config(**{**TINY, "path_to_data": "synthetic", "attributes": names}))
     asked, real = [], evaluate_module.generate
 
     def spy(trained, numbers, *args, **options):
@@ -183,8 +184,8 @@ def test_conditional_network_is_asked_for_what_training_faces_have(here, monkeyp
         return real(trained, numbers, *args, **options)
 
     monkeypatch.setattr(evaluate_module, "generate", spy)
-    wish = replace(SMALL, path_to_data="drawn", samplers=("dpm++:2",), features="none")
-    evaluate(wish)
+    config = replace(SMALL, path_to_data="synthetic", samplers=("dpm++:2",), features="none")
+    evaluate(config)
     assert torch.cat(asked).shape == (6, 2) and torch.cat(asked).abs().eq(1).all()
     assert "held_out" in read(here / "run")
 
@@ -248,7 +249,7 @@ def test_checkpoint_without_average_is_one_line(run):
 def test_damaged_kept_pictures_are_named_and_drawn_again_once_deleted(run, damage):
     evaluate(SMALL)
     first = read(run)["samplers"]["ddim:3"]["frechet"]
-    path = sorted((run / "evaluation" / "drawn").glob("ddim_3_*/*.npz"))[-1]
+    path = sorted((run / "evaluation" / "generated").glob("ddim_3_*/*.npz"))[-1]
     whole = path.read_bytes()
     middle = bytes([whole[len(whole) // 4] ^ 255])
     path.write_bytes(
@@ -269,17 +270,17 @@ def test_two_processes_draw_just_as_many_pictures(run):
     import subprocess
     import sys
 
-    wish = replace(SMALL, num_images=14)
+    config = replace(SMALL, num_images=14)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    command += [str(ROOT / "evaluate.py"), *as_flags(wish)]
+    command += [str(ROOT / "evaluate.py"), *as_flags(config)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=180)
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.count("real faces (the floor)") == 1
-    (folder,) = (run / "evaluation" / "drawn").glob("ddim_3_*")
+    (folder,) = (run / "evaluation" / "generated").glob("ddim_3_*")
     assert sum(len(np.load(path)["images"]) for path in folder.iterdir()) == 14
     together = read(run)
     for path in (run / "evaluation").rglob("*.npz"):
         path.unlink()
-    evaluate(wish)
+    evaluate(config)
     for name, values in read(run)["samplers"].items():
         assert values["frechet"] == pytest.approx(together["samplers"][name]["frechet"], rel=1e-2)

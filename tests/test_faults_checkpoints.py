@@ -14,28 +14,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, assert_error, flags, run_script, tensors_equal, write_pictures
+from conftest import TINY, assert_error, flags, run_script, tensors_equal, tiny, write_pictures
+from PIL import Image
 
 import train as train_module
 import utils
 from errors import CheckpointError, DivergedError, ResourceError, UsageError
-from sample import load_trained
-from train import Config, make_state, train
+from generate import load_trained
+from train import train
 from utils import (
     checkpoint_path,
     find_checkpoint,
     list_checkpoints,
     load_checkpoint,
     load_newest_checkpoint,
+    make_state,
     save_checkpoint,
     sign,
 )
 
 CPU = torch.device("cpu")
-
-
-def tiny(**changes) -> Config:
-    return Config(**{**TINY, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -344,7 +342,7 @@ def test_row_24_settings_that_change_the_run_are_refused(run, name, value):
 
 def test_row_24_other_faces_and_another_world_size_are_refused(run, monkeypatch):
     first = sorted((run.parent / "pictures").iterdir())[0]
-    utils.Image.new("RGB", (8, 8)).save(first)
+    Image.new("RGB", (8, 8)).save(first)
     with pytest.raises(UsageError, match="faces was 21 faces"):
         train(tiny(resume=True, num_training_steps=9))
     monkeypatch.undo()

@@ -309,18 +309,20 @@ def test_row_50_killed_while_preparing_a_rerun_completes_and_no_half_array_is_ma
     assert [path.name for path in Path("prepared").iterdir()] == [f"{faces.key}.npy"]
 
 
-@pytest.mark.parametrize("files", [0, 1])  # the attributes of the drawn faces, then the pictures
+@pytest.mark.parametrize(
+    "files", [0, 1]
+)  # the attributes of the synthetic faces, then the pictures
 def test_row_50_killed_while_drawing_a_rerun_completes(files, monkeypatch):
-    monkeypatch.setattr(dataset, "NUM_DRAWN", 70)
+    monkeypatch.setattr(dataset, "NUM_SYNTHETIC", 70)
     replace, count = os.replace, iter(range(9))
 
     def draw():
         os.replace = lambda *files_: replace(*files_) if next(count) < files else killed()
-        load_faces("drawn", 8)
+        load_faces("synthetic", 8)
 
     die_in_a_fork(draw)
     assert len(list(Path("prepared").glob("*.npy"))) == files
-    faces = load_faces("drawn", 8, attributes=["Male"])
+    faces = load_faces("synthetic", 8, attributes=["Male"])
     assert faces.images.shape == (70, 8, 8, 3) and faces.attributes.shape == (70, 1)
     assert len(list(Path("prepared").iterdir())) == 2
 
@@ -348,12 +350,12 @@ def test_row_50_a_cut_or_exchanged_array_is_made_again_never_mapped():
 
 
 def test_row_50_drawn_faces_without_their_attributes_are_drawn_again(monkeypatch):
-    monkeypatch.setattr(dataset, "NUM_DRAWN", 10)
-    faces = load_faces("drawn", 8, attributes=["Male"])
+    monkeypatch.setattr(dataset, "NUM_SYNTHETIC", 10)
+    faces = load_faces("synthetic", 8, attributes=["Male"])
     for damage in (b"", None):
         path = Path(f"prepared/{faces.key}_attributes.npy")
         path.unlink() if damage is None else path.write_bytes(damage)
-        again = load_faces("drawn", 8, attributes=["Male"])
+        again = load_faces("synthetic", 8, attributes=["Male"])
         np.testing.assert_array_equal(again.attributes, faces.attributes)
 
 

@@ -16,29 +16,27 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, assert_error, flags, run_script, tensors_equal
+from conftest import ROOT, TINY, assert_error, flags, run_script, tensors_equal, tiny
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import cli
+import files
+import images
 import log as log_module
 import safety
-import state as state_module
 import train as train_module
 import utils
 from dataset import Batches, load_faces
 from diffusion import Diffusion
 from ema import EMA
 from errors import DivergedError, Interrupted, UsageError
-from safety import Watch, lock_folder
+from files import lock_folder
+from safety import Watch
 from train import Config, check_config, train
 from utils import checkpoint_path, list_checkpoints, load_checkpoint
 
 FAST = {"log_every": 1, "save_every": 1, "num_training_steps": 3, "keep_checkpoints": 2}
 FAST |= {"sample_every": 2, "dropout": 0.5, "gradient_accumulation_steps": 2}
-
-
-def tiny(**changes) -> Config:
-    return Config(**{**TINY, **changes})
 
 
 def final(name: str, step: int) -> dict:
@@ -68,7 +66,7 @@ def in_child(work) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-TRACED = {train_module.__file__, utils.__file__, state_module.__file__, safety.__file__}
+TRACED = {train_module.__file__, utils.__file__, files.__file__, safety.__file__}
 ROUNDS = (
     6  # of a loop over tensors, which touches no file, the first six count; a run has two steps
 )
@@ -119,7 +117,7 @@ def quick(here, monkeypatch):
         def scalars(self, step, values):
             self.history.append([step, values["loss"]])
 
-        images = draw_loss = lambda self, *arguments: None
+        images = plot_loss = lambda self, *arguments: None
         __enter__ = lambda self: self  # noqa: E731
         __exit__ = images
 
@@ -238,14 +236,14 @@ def test_each_part_of_the_state_is_needed(here, monkeypatch, part):
     train(tiny(experiment_name="whole"))
     train(tiny(num_training_steps=3))
     forgotten = train_module.make_state(tiny(), torch.device("cpu"), fp16=False).state_dict()
-    real = state_module.load_newest_checkpoint
+    real = utils.load_newest_checkpoint
 
     def forgetful(folder):
         path, saved = real(folder)
         saved[part] = forgotten[part]
         return path, saved
 
-    monkeypatch.setattr(state_module, "load_newest_checkpoint", forgetful)
+    monkeypatch.setattr(utils, "load_newest_checkpoint", forgetful)
     train(tiny(resume=True))
     with pytest.raises(AssertionError):
         assert_equal_runs(final("whole", 6), final("run", 6))
@@ -577,9 +575,9 @@ def test_row_64_a_killed_sampler_leaves_no_partial_picture(here, monkeypatch):
     before = set(here.rglob("*.*"))
     for out in ("faces.png", "way.gif", "faces"):
         with monkeypatch.context() as patch:
-            patch.setattr(utils.Image.Image, "save", die)
+            patch.setattr(images.Image.Image, "save", die)
             with pytest.raises(KeyboardInterrupt):
-                sample.sample(sample.Sample(checkpoint="run", num_images=2, steps=2, out=out))
+                sample.sample(sample.SampleConfig(checkpoint="run", num_images=2, steps=2, out=out))
         assert set(here.rglob("*.*")) == before
 
 

@@ -9,7 +9,7 @@ from conftest import ROOT
 from nbclient import NotebookClient
 from PIL import Image
 
-from drawn_faces import ATTRIBUTES, draw_face
+from synthetic import ATTRIBUTES, draw_face
 
 PATH = ROOT / "ddpm_test.ipynb"
 TOUR = nbformat.read(PATH, as_version=4)

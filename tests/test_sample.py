@@ -7,19 +7,16 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, assert_error, run_script, tensors_equal
+from conftest import assert_error, run_script, tensors_equal, tiny
 from PIL import Image
 
 from errors import CheckpointError, UsageError
-from sample import Sample, generate, load_trained, main, sample
-from train import Config, train
+from generate import generate, load_trained
+from sample import SampleConfig, main, sample
+from train import train
 from utils import checkpoint_path, find_checkpoint, load_checkpoint
 
 HALF_A_GREY_LEVEL = 1 / 255  # of pictures in [-1, 1]; eps at the start is divided by 1 / 80
-
-
-def tiny(**changes) -> Config:
-    return Config(**{**TINY, **changes})
 
 
 @pytest.fixture
@@ -30,7 +27,9 @@ def run(here):
 def pictures(**flags):
     """The pixels `sample` saves, one picture after another."""
     shutil.rmtree("out", ignore_errors=True)
-    sample(Sample(**{"checkpoint": "run", "steps": 3, "out": "out", "num_images": 5, **flags}))
+    sample(
+        SampleConfig(**{"checkpoint": "run", "steps": 3, "out": "out", "num_images": 5, **flags})
+    )
     names = sorted(os.listdir("out"))
     return np.stack([np.asarray(Image.open(os.path.join("out", name))) for name in names])
 
@@ -71,13 +70,15 @@ def test_exactly_as_many_pictures_as_asked(run, count):
 
 
 def test_png_is_a_grid_gif_the_way_folder_single_pictures(run):
-    grid = sample(Sample(checkpoint="run", num_images=5, steps=4, out="a/grid.png"))
+    grid = sample(SampleConfig(checkpoint="run", num_images=5, steps=4, out="a/grid.png"))
     assert Image.open(grid).size == (3 * 10 + 2, 2 * 10 + 2)
-    way = Image.open(sample(Sample(checkpoint="run", num_images=4, steps=6, out="way.gif")))
+    way = Image.open(sample(SampleConfig(checkpoint="run", num_images=4, steps=6, out="way.gif")))
     assert way.format == "GIF" and way.n_frames == 7
     single = pictures(num_images=4)
     assert single.shape == (4, 8, 8, 3)
-    cells = np.asarray(Image.open(sample(Sample("run", num_images=4, steps=3, out="four.png"))))
+    cells = np.asarray(
+        Image.open(sample(SampleConfig("run", num_images=4, steps=3, out="four.png")))
+    )
     np.testing.assert_array_equal(cells[2:10, 12:20], single[1])
 
 
@@ -107,7 +108,9 @@ def test_interpolation_goes_from_one_picture_to_the_other(run):
     assert np.abs(way[0].astype(int) - ends[1]).max() <= 1
     assert np.abs(way[-1].astype(int) - ends[3]).max() <= 1
     assert not np.array_equal(way[2], way[0]) and not np.array_equal(way[2], way[4])
-    gif = Image.open(sample(Sample("run", num_images=5, steps=3, interpolate=(0, 1), out="b.gif")))
+    gif = Image.open(
+        sample(SampleConfig("run", num_images=5, steps=3, interpolate=(0, 1), out="b.gif"))
+    )
     assert gif.n_frames == 5
 
 
@@ -156,4 +159,4 @@ def test_checkpoint_of_another_kind_is_refused(run):
 
 def test_flags_are_checked_before_anything_is_loaded(here):
     with pytest.raises(UsageError, match="--steps"):
-        sample(Sample(checkpoint="not there", steps=0))
+        sample(SampleConfig(checkpoint="not there", steps=0))

@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from conftest import TINY, assert_error, flags, run_script, tensors_equal
+from conftest import TINY, assert_error, flags, run_script, tensors_equal, tiny
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -16,15 +16,11 @@ from cli import parse
 from dataset import Batches, load_faces
 from diffusion import Diffusion
 from errors import UsageError
-from train import DEMO, Config, check_config, learning_rate, make_state, train, train_step
-from utils import checkpoint_path, list_checkpoints, load_checkpoint
+from train import DEMO, Config, check_config, learning_rate, train, train_step
+from utils import checkpoint_path, list_checkpoints, load_checkpoint, make_state
 
 CPU = torch.device("cpu")
 STATE = ("step", "model", "ema", "optimizer", "scaler", "history")
-
-
-def tiny(**changes) -> Config:
-    return Config(**{**TINY, **changes})
 
 
 def checkpoint(step, name="run"):

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-import features as features_module
+import metrics as features_module
 from errors import ResourceError, UsageError
-from features import (
+from metrics import (
     Features,
     copies,
     find_features,

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from diffusion import Diffusion
-from norm import GroupNorm, column_sums, group_norm
+from group_norm_cpu import GroupNorm, column_sums, group_norm
 from unet import UNet, Upsample
 
 

@@ -1,8 +1,8 @@
-"""A network that knows the attributes of drawn faces. It judges for conditional_accuracy.py, and
-for evaluate.py it turns drawn faces into vectors:
+"""A network that knows the attributes of synthetic faces. It judges for conditional_accuracy.py,
+and for evaluate.py it turns synthetic faces into vectors:
 
-    python evaluate.py --checkpoint demo --path_to_data drawn \\
-        --features benchmarks.drawn_features:load
+    python evaluate.py --checkpoint demo --path_to_data synthetic \\
+        --features benchmarks.synthetic_features:load
 
 It learns, in a few minutes on a CPU, from 12,000 faces that no model was trained on, and is kept in
 ./prepared."""
@@ -19,8 +19,9 @@ from tqdm import trange
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import drawn_faces
-from dataset import PREPARED, to_x_0
+import synthetic
+from dataset import PREPARED
+from images import to_x_0
 from log import say
 from utils import load_checkpoint, save_checkpoint
 
@@ -31,9 +32,9 @@ EPOCHS = 4
 
 
 def draw(first: int, count: int) -> tuple[Tensor, Tensor]:
-    """Drawn faces (count, 3, S, S) in [-1, 1], and what they have, (count, all) of 1 and 0."""
+    """Generated faces (count, 3, S, S) in [-1, 1], and what they have, (count, all) of 1 and 0."""
     drawn = trange(first, first + count, desc="drawing faces", disable=None)
-    faces = [drawn_faces.draw_face(i, IMG_SIZE) for i in drawn]
+    faces = [synthetic.draw_face(i, IMG_SIZE) for i in drawn]
     pixels = torch.stack([torch.from_numpy(pixels) for pixels, _ in faces])
     has = torch.stack([torch.from_numpy(values) for _, values in faces])
     return to_x_0(pixels), (has > 0).float()
@@ -50,7 +51,7 @@ class Classifier(nn.Module):
             layers += [convolution, nn.BatchNorm2d(channels), nn.ReLU(), nn.MaxPool2d(2)]
             width = channels
         self.maps = nn.Sequential(*layers)
-        self.head = nn.Linear(16 * width, len(drawn_faces.ATTRIBUTES))
+        self.head = nn.Linear(16 * width, len(synthetic.ATTRIBUTES))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3, S, S) in [-1, 1] to (B, all): above 0 where the face has the attribute."""
@@ -87,10 +88,10 @@ def learn() -> tuple[Classifier, Tensor]:
 
 def classifier() -> tuple[Classifier, Tensor]:
     """`learn`'s result, from the disk where it has been kept there."""
-    code = b"".join(Path(file).read_bytes() for file in (__file__, drawn_faces.__file__))
+    code = b"".join(Path(file).read_bytes() for file in (__file__, synthetic.__file__))
     path = PREPARED / f"drawn_features_{hashlib.sha256(code).hexdigest()[:16]}.pt"
     if not path.exists():
-        say(f"learning the attributes of drawn faces once, for {path}")
+        say(f"learning the attributes of synthetic faces once, for {path}")
         model, right = learn()
         save_checkpoint(path, {"model": model.state_dict(), "right": right})
     kept = load_checkpoint(path)

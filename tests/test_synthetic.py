@@ -1,4 +1,4 @@
-"""The drawn faces: who they are, what they look like, and whether they show what they claim."""
+"""The synthetic faces: who they are, what they look like, and whether they show what they claim."""
 
 from functools import lru_cache
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from drawn_faces import ATTRIBUTES, HAIRS, draw_face
+from synthetic import ATTRIBUTES, HAIRS, draw_face
 
 # CelebA's forty names, in the order of its list.
 CELEBA = (
@@ -185,7 +185,7 @@ def test_eyes_are_seen_behind_glasses():
 
 
 def test_edges_are_smooth():
-    # Drawn without the reduction, a face of 32 pixels has under 400 colours.
+    # Generated without the reduction, a face of 32 pixels has under 400 colours.
     for index in range(10):
         picture = draw_face(index, 32)[0]
         steps = np.abs(np.diff(picture.astype(int).sum(2), axis=1))

@@ -1,4 +1,4 @@
-"""Drawn faces: portraits of people who do not exist, the data that needs no download.
+"""Generated faces: portraits of people who do not exist, the data that needs no download.
 
 `_roll_person` decides what the features share; each `_draw_...` rolls its own details and fills
 outlines, from the back of the picture to the front. No roll depends on the size of the picture.

@@ -1,0 +1,94 @@
+"""Files that are whole or not there, and the lock on a run's folder."""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from errors import ResourceError, UsageError
+
+
+def write_atomically(path: Path, write: Callable[[Path], None], needed: int = 0) -> None:
+    """Let `write` fill a file beside `path`, then give it that name: readers see all of it or none.
+
+    needed: bytes, for the error. Raises ResourceError where the disk refuses."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(aside)
+        with open(aside, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise disk_error(path, error, needed) from error
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a renaming in the folder outlive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def disk_error(path: Path, error: OSError, needed: int = 0) -> ResourceError:
+    """The line for a disk that refuses a write of `needed` bytes."""
+    size = f" ({needed:,} bytes needed)" if needed else ""
+    reason = error.strerror or str(error)
+    return ResourceError(path, f"cannot be written{size}: {reason}", "free or choose another disk")
+
+
+def save_json(path: Path, values: dict) -> None:
+    """Write a dictionary as indented JSON."""
+    write_atomically(path, lambda aside: aside.write_text(json.dumps(values, indent=2) + "\n"))
+
+
+def free_bytes(folder: Path) -> int:
+    """What the folder's disk can still take."""
+    return shutil.disk_usage(folder).free
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a killed run left half written. Only for the run that holds the folder's lock."""
+    for aside in folder.glob(".*.tmp"):
+        aside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """One run per folder. The kernel drops the lock with the process, so a crash leaves none
+    behind.
+
+    Raises UsageError, with the pid of the run that holds it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise UsageError(
+            "--experiment_name", f"{folder} is a file", "choose another name"
+        ) from error
+    except OSError as error:
+        raise disk_error(folder, error) from error
+    try:
+        file = open(folder / "lock", "a+")
+    except OSError as error:
+        raise disk_error(folder / "lock", error) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            what = f"{folder} is in use by the run with pid {file.read().strip()}"
+            raise UsageError(
+                "--experiment_name", what, "choose another, or stop that run"
+            ) from error
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield

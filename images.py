@@ -1,0 +1,49 @@
+"""Images as tensors in [-1, 1] and as pictures on the disk: grids, labelled sheets."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from torchvision.utils import make_grid
+
+from files import write_atomically
+
+
+def to_x_0(pixels: Tensor) -> Tensor:
+    """(B, H, W, 3) uint8 to (B, 3, H, W) float32 in [-1, 1]."""
+    pixels = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+    return pixels.div_(127.5).sub_(1)
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """(..., 3, H, W) in [-1, 1] to uint8 in 0 ... 255, on the CPU."""
+    return (images.float().clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8).cpu()
+
+
+def image_grid(images: Tensor, columns: int = 0, labels: Sequence[str] = ()) -> Image.Image:
+    """One picture of many. images: (N, 3, H, W) in [-1, 1]; columns: 0 for as square as can be;
+    labels: a text for each row, to the left of it."""
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    grid = make_grid(to_uint8(images), nrow=columns, padding=2, pad_value=255)
+    picture = Image.fromarray(grid.permute(1, 2, 0).numpy())
+    if not labels:
+        return picture
+    height = images.shape[-2] + 2
+    font = ImageFont.load_default(size=max(9, min(16, height // 3)))
+    labels = [label.replace(" ", "  ") for label in labels]  # its spaces are narrow
+    margin = 8 + math.ceil(max(font.getlength(label) for label in labels))
+    sheet = Image.new("RGB", (margin + picture.width, picture.height), "white")
+    sheet.paste(picture, (margin, 0))
+    draw = ImageDraw.Draw(sheet)
+    for row, label in enumerate(labels):
+        draw.text((margin - 4, (row + 0.5) * height), label, "black", font, anchor="rm")
+    return sheet
+
+
+def save_image(image: Image.Image, path: Path, **options) -> None:
+    """Save a picture in the format its name ends in, whole or not at all."""
+    format = Image.registered_extensions()[path.suffix.lower()]
+    write_atomically(path, lambda aside: image.save(aside, format=format, **options))
