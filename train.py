@@ -27,13 +27,14 @@ from torch import Tensor
 import cli
 from dataset import Batches, drop_attributes, load_faces
 from device import autocast_dtype, keep_freed_memory
-from diffusion import Diffusion
+from diffusion import NOISE_SCHEDULES, PREDICTIONS, Diffusion
 from errors import Interrupted, UsageError
 from files import lock_folder, save_json
 from generate import sample_grid
 from likelihood import held_out_loss
 from log import Progress, RunLog, say
 from safety import StopSignals, Watch, agreed_stop, preflight
+from settings import check_ranges, fixed, free
 from unet import default_channel_mults
 from utils import (
     checkpoint_path,
@@ -51,43 +52,43 @@ class Config:
     """The constants of a run: edit them here, pass them as flags, or write Config(img_size=32)."""
 
     # The run
-    experiment_name: str = "my_first_diffusion"  # folder for checkpoints, samples, TensorBoard
-    path_to_data: str = "data"  # folder or zip of faces, or "synthetic"; absent: CelebA comes there
-    resume: bool = False  # go on from the newest good checkpoint, or start where there is none
-    seed: int = 0  # of everything random: weights, data order, noise, dropout
+    experiment_name: str = free("my_first_diffusion")  # folder of all that the run leaves
+    path_to_data: str = free("data")  # images, or "synthetic"; a folder that is absent gets CelebA
+    resume: bool = free(False)  # go on from the newest good checkpoint, or start if there is none
+    seed: int = fixed(0, least=0)  # of everything random: weights, data order, noise, dropout
     # The data
-    img_size: int = 64  # pixels of a side: 32, 64, 128, 192, 256
-    only: tuple[str, ...] = ()  # train on the faces with these attributes: Smiling Male=-1
-    attributes: tuple[str, ...] = ()  # learn to draw faces by these: Smiling Male Eyeglasses
-    attribute_dropout: float = 0.1  # share of faces shown without any; half the rest with some
+    img_size: int = fixed(64, least=8)  # pixels of a side: 32, 64, 128, 192, 256
+    only: tuple[str, ...] = fixed(())  # train on the faces with these attributes: Smiling Male=-1
+    attributes: tuple[str, ...] = fixed(())  # generate faces by these: Smiling Male Eyeglasses
+    attribute_dropout: float = fixed(0.1, least=0, most=1)  # share trained on without any attribute
     # The network
-    channels: int = 128  # channels of the first stage
-    channel_mults: tuple[int, ...] = ()  # times `channels`, for each stage; empty: by img_size
-    num_res_blocks: int = 2  # residual blocks in a stage
-    attn_resolutions: tuple[int, ...] = (16, 12, 8)  # resolutions, in pixels, with attention
-    head_dim: int = 64  # channels of an attention head
-    dropout: float = 0.1  # share of activations dropped in training
+    channels: int = fixed(128, least=4)  # channels of the first stage
+    channel_mults: tuple[int, ...] = fixed((), least=1)  # times channels, by stage; (): by img_size
+    num_res_blocks: int = fixed(2, least=1)  # residual blocks in a stage
+    attn_resolutions: tuple[int, ...] = fixed((16, 12, 8))  # resolutions, in pixels, with attention
+    head_dim: int = fixed(64, least=1)  # channels of an attention head
+    dropout: float = fixed(0.1, least=0, below=1)  # share of activations dropped in training
     # The diffusion
-    num_timesteps: int = 1000  # T, the steps of the forward process
-    noise_schedule: Literal["linear", "cosine"] = "cosine"  # how the noise grows with t
-    prediction: Literal["eps", "v"] = "eps"  # what the network answers; v for short runs
+    num_timesteps: int = fixed(1000, least=2)  # T, the steps of the forward process
+    noise_schedule: Literal[*NOISE_SCHEDULES] = fixed("cosine")  # how the noise grows with t
+    prediction: Literal[*PREDICTIONS] = fixed("eps")  # what the network's output is; v: short runs
     # The training
-    num_training_steps: int = 500_000  # optimiser updates in the whole run
-    batch_size: int = 128  # faces in a forward pass on each device
-    gradient_accumulation_steps: int = 1  # forward passes in an update
-    learning_rate: float = 2e-4  # of AdamW, at its highest
-    lr_schedule: Literal["constant", "cosine"] = "constant"  # after the warm-up; cosine ends at 0
-    warmup_steps: int = 5000  # updates over which the learning rate rises from 0
-    max_grad_norm: float = 1.0  # length to which longer gradients are clipped
-    ema_decay: float = 0.9999  # of the averaged weights, which pictures are drawn from
-    mixed_precision: Literal["fp16", "bf16", "no"] = "fp16"  # on a CPU: bf16 if it can, else no
-    compile: bool = True  # torch.compile the network, on a CUDA GPU only
+    num_training_steps: int = free(500_000, least=1)  # optimiser updates in the whole run
+    batch_size: int = fixed(128, least=1)  # images in a forward pass on each device
+    gradient_accumulation_steps: int = fixed(1, least=1)  # forward passes in an update
+    learning_rate: float = fixed(2e-4, above=0)  # of AdamW, at its highest
+    lr_schedule: Literal["constant", "cosine"] = fixed("constant")  # after warm-up; cosine: to 0
+    warmup_steps: int = fixed(5000, least=0)  # updates over which the learning rate rises from 0
+    max_grad_norm: float = fixed(1.0, above=0)  # length to which longer gradients are clipped
+    ema_decay: float = fixed(0.9999, least=0, below=1)  # of the averaged weights, used to generate
+    mixed_precision: Literal["fp16", "bf16", "no"] = free("fp16")  # on a CPU: bf16 if it can, or no
+    compile: bool = free(True)  # torch.compile the network, on a CUDA GPU only
     # The log
-    log_every: int = 100  # steps between two points of the curves
-    sample_every: int = 5000  # steps between two grids of samples
-    num_samples: int = 64  # faces in a grid
-    save_every: int = 5000  # steps between two checkpoints
-    keep_checkpoints: int = 3  # newest checkpoints that are kept
+    log_every: int = free(100, least=1)  # steps between two points of the curves
+    sample_every: int = free(5000, least=1)  # steps between two grids of samples
+    num_samples: int = free(64, least=1)  # images in a grid
+    save_every: int = free(5000, least=1)  # steps between two checkpoints
+    keep_checkpoints: int = free(3, least=1)  # newest checkpoints that are kept
 
 
 # How long a process waits for the others: for the first to prepare the faces, say.
@@ -125,18 +126,7 @@ def check_config(config: Config) -> None:
         if not good:
             raise UsageError(f"--{name}", f"is {getattr(config, name)!r}", f"give {allowed}")
 
-    whole = ["num_training_steps", "batch_size", "gradient_accumulation_steps", "num_res_blocks"]
-    whole += ["head_dim", "log_every", "sample_every", "num_samples", "save_every"]
-    for name in [*whole, "keep_checkpoints"]:
-        check(getattr(config, name) >= 1, name, "a whole number from 1")
-    check(config.seed >= 0, "seed", "a whole number from 0")
-    check(config.warmup_steps >= 0, "warmup_steps", "a whole number from 0")
-    check(config.num_timesteps >= 2, "num_timesteps", "a whole number from 2")
-    check(0 < config.learning_rate < math.inf, "learning_rate", "a number above 0, such as 2e-4")
-    check(0 < config.max_grad_norm < math.inf, "max_grad_norm", "a number above 0, such as 1")
-    check(0 <= config.ema_decay < 1, "ema_decay", "a number from 0 to below 1")
-    check(0 <= config.dropout < 1, "dropout", "a number from 0 to below 1")
-    check(0 <= config.attribute_dropout <= 1, "attribute_dropout", "a number from 0 to 1")
+    check_ranges(config)
     unique = len(set(config.attributes)) == len(config.attributes)
     check(unique, "attributes", "each name once")
     fits = config.channels >= 4 and config.channels % 4 == 0
