@@ -6,7 +6,7 @@
         save_every: int = free(5000, least=1)     # steps between two checkpoints
         ema_warmup: bool = fixed(True, before=False)  # a constant that older checkpoints lack
 
-The trailing comment is the flag's --help text and its line in the README's table.
+The trailing comment is the flag's --help text and its line in docs/constants.md.
 """
 
 import inspect
@@ -120,11 +120,11 @@ def _is_fixed(about: Field) -> bool:
     return about.metadata.get("resume") == "fixed"
 
 
-# The README's table ------------------------------------------------------------------------------
+# The table in docs/constants.md -------------------------------------------------------------------
 
 
 def markdown(cls: type) -> str:
-    """The constants as a table in GitHub's markdown, for the README.
+    """The constants as a table in GitHub's markdown, for docs/constants.md.
 
     python -c "import settings, train; print(settings.markdown(train.Config))"
     """

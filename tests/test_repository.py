@@ -1,14 +1,16 @@
 """The files around the code agree with it."""
 
+import importlib
+import inspect
 import json
 import re
 import shlex
 import tomllib
-from dataclasses import fields, replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, tiny, write_pictures
 
 import cli
 import evaluate
@@ -16,13 +18,33 @@ import sample
 import settings
 from evaluate import EvaluateConfig
 from sample import SampleConfig
-from train import DEMO, Config, check_config
+from train import DEMO, Config, check_config, train
 
-README = (ROOT / "README.md").read_text()
-TOUR = json.loads((ROOT / "ddpm_test.ipynb").read_text())["cells"]
-PROSE = "\n".join([README, *("".join(cell["source"]) for cell in TOUR)])
-BASH = "\n".join(re.findall(r"^```bash\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL))
-COMMANDS = re.findall(r"\b((?:train|sample|evaluate)\.py .*)", BASH.replace("\\\n", " "))
+DOCUMENTS = ["README.md", "RESULTS.md", "benchmarks/README.md"]
+DOCUMENTS += sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.md"))
+TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in DOCUMENTS}
+README = TEXTS["README.md"]
+TOUR = json.loads((ROOT / "ddpm_test.ipynb").read_text(encoding="utf-8"))["cells"]
+TEXTS["ddpm_test.ipynb"] = "\n".join("".join(cell["source"]) for cell in TOUR)
+PROSE = "\n".join(TEXTS.values())
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
+BLOCKS = "\n".join(code for language, code in FENCED.findall(PROSE) if language == "bash")
+INLINE = re.findall(r"`([^`\n]+)`", FENCED.sub("", PROSE))
+PROGRAMS = "python|pip|uv|accelerate|torchrun|tensorboard|jupyter|ruff|bash|pytest"
+COMMANDS = [
+    re.sub(r"^(\w+=\S+ +)+", "", part.strip())  # OMP_NUM_THREADS=1 before it
+    for line in [*BLOCKS.replace("\\\n", " ").splitlines(), *INLINE]
+    for part in line.partition("  #")[0].split(" && ")
+    if re.match(rf"(\w+=\S+ +)*({PROGRAMS}) ", part.strip())
+]
+SCRIPTS = sorted({c for c in COMMANDS if re.search(r"^(?!.*pytest).*\.py\b(?! --help)", c)})
+LINKS = sorted(
+    {
+        (name, target)
+        for name, text in TEXTS.items()
+        for target in re.findall(r"(?:\]\(|src=\")([^)\"\s]+)", text)
+    }
+)
 
 
 def requirements(name: str) -> list[str]:
@@ -69,52 +91,106 @@ def test_each_module_imports_only_what_the_design_allows():
         assert set(imported) & ours <= may, name
 
 
-def test_readme_holds_the_table_of_constants_that_the_code_gives():
+def test_table_of_constants_is_what_the_code_gives():
     """python -c "import settings, train; print(settings.markdown(train.Config))" writes it."""
-    assert settings.markdown(Config) in README
+    assert settings.markdown(Config) in TEXTS["docs/constants.md"]
 
 
-def test_every_flag_in_the_readme_and_the_tour_exists():
-    known = {
-        field.name for cls in (Config, SampleConfig, EvaluateConfig) for field in fields(cls)
-    } | {
-        "demo",
-        "help",
-    }
-    known |= {f"no_{field.name}" for field in fields(Config) if field.type in ("bool", bool)}
+def test_readme_is_short_and_its_constants_are_rows_of_the_table():
+    assert len(README.splitlines()) <= 150
+    rows = [line for line in README.splitlines() if line.startswith("| `--")]
+    assert len(rows) == 10 and set(rows) <= set(TEXTS["docs/constants.md"].splitlines())
+
+
+def flag_names(cls: type) -> set[str]:
+    names = {field.name for field in fields(cls)}
+    return names | {f"no_{field.name}" for field in fields(cls) if field.type in ("bool", bool)}
+
+
+def benchmark_config(name: str) -> type:
+    """The dataclass of flags of a script in benchmarks/."""
+    module = importlib.import_module(f"benchmarks.{name}")
+    (cls,) = re.findall(r"cli\.parse\((\w+)", inspect.getsource(module))
+    assert is_dataclass(getattr(module, cls))
+    return getattr(module, cls)
+
+
+def test_every_flag_in_the_documents_exists():
+    known = set.union(*map(flag_names, (Config, SampleConfig, EvaluateConfig))) | {"demo", "help"}
+    for path in ROOT.glob("benchmarks/*.py"):
+        if "cli.parse(" in path.read_text(encoding="utf-8"):
+            known |= flag_names(benchmark_config(path.stem))
     others = {"logdir", "num_processes", "cpu", "num_machines", "machine_rank"}  # of other programs
     others |= {"main_process_ip", "main_process_port", "nproc_per_node", "inplace"}
     assert set(re.findall(r"(?<![\w-])--([a-z_]+)", PROSE)) <= known | others
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_in_the_readme_is_understood(command):
-    script, *flags = shlex.split(command.partition(" && ")[0], comments=True)
+@pytest.mark.parametrize("command", SCRIPTS)
+def test_every_command_of_a_script_is_understood(command):
+    words = shlex.split(command, comments=True)
+    at = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    script, flags = words[at], words[at + 1 :]
     if script == "sample.py":
         sample.check_config(cli.parse(SampleConfig, flags, ""))
     elif script == "evaluate.py":
         evaluate.check_config(cli.parse(EvaluateConfig, flags, ""))
+    elif script.startswith("benchmarks/"):
+        cli.parse(benchmark_config(Path(script).stem), flags, "")
     else:
+        assert script == "train.py"
         default = replace(Config(), **DEMO) if "--demo" in flags else Config()
-        flags = [flag for flag in flags if flag != "--demo"]
-        check_config(cli.parse(Config, flags, "", default))
+        check_config(cli.parse(Config, [f for f in flags if f != "--demo"], "", default))
 
 
-@pytest.mark.parametrize("target", sorted(set(re.findall(r"(?:\]\(|src=\")([^)#\"]+)", PROSE))))
-def test_every_link_to_a_file_exists(target):
-    assert target.startswith("https://") or (ROOT / target).exists()
+def test_other_commands_name_files_that_exist():
+    others = sorted(set(COMMANDS) - set(SCRIPTS))
+    assert "pip install -r requirements.txt" in others and "bash .ci/run" in others
+    for command in others:
+        for word in shlex.split(command):
+            if re.search(r"\.(py|txt|ipynb)$|^\.ci/", word):
+                assert (ROOT / word).exists(), command
 
 
-@pytest.mark.parametrize("name", sorted(set(re.findall(r"`(\w+\.(?:py|ipynb|toml|cff))`", PROSE))))
+@pytest.mark.parametrize("document,target", LINKS)
+def test_every_link_leads_somewhere(document, target):
+    if target.startswith("https://"):
+        return
+    path, _, anchor = target.partition("#")
+    file = (ROOT / document).parent / path if path else ROOT / document
+    assert file.exists()
+    if anchor:
+        headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        slugs = [re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings]
+        assert anchor in slugs
+
+
+NAMED = sorted(set(re.findall(r"`((?:\w+/)?\w+\.(?:py|ipynb|toml|cff|md))`", PROSE)))
+
+
+@pytest.mark.parametrize("name", NAMED)
 def test_every_file_that_is_named_exists(name):
-    assert [path for path in (ROOT, ROOT / "tests", ROOT / "benchmarks") if (path / name).exists()]
+    assert [folder for folder in (ROOT, ROOT / "tests") if (folder / name).exists()]
 
 
-def test_every_module_and_picture_is_in_the_readme():
+def test_every_module_document_and_asset_is_named():
     for path in [*ROOT.glob("*.py"), *ROOT.glob("*.ipynb")]:
         assert f"`{path.name}`" in README, path.name
+    for name in DOCUMENTS[1:]:
+        assert f"]({name}" in README, name
+    sources = [Path(target).name for _, target in LINKS]
     for path in (ROOT / "assets").iterdir():
-        assert f'src="assets/{path.name}"' in README and path.stat().st_size < 300_000, path.name
+        assert path.name in sources and path.stat().st_size < 300_000, path.name
+
+
+def test_snippet_of_the_readme_samples_from_a_checkpoint(tmp_path, monkeypatch):
+    (snippet,) = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    write_pictures(tmp_path, 22)
+    train(tiny(experiment_name="my_first_diffusion", num_training_steps=1))
+    values = {}
+    exec(snippet, values)
+    assert values["images"].shape == (16, 3, 8, 8)
+    assert Path("faces.png").stat().st_size > 0
 
 
 def test_demo_changes_only_what_config_has():
