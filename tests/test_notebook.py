@@ -18,7 +18,7 @@ MACHINE_PATHS = r"/(?:tmp|root|work|home|content|mnt|usr)/"
 
 
 def text_of(cell) -> str:
-    """All that a cell has answered, but its pictures."""
+    """All that a cell has printed, but its images."""
     parts = []
     for output in cell.outputs:
         data = output.get("data", {})
@@ -27,7 +27,7 @@ def text_of(cell) -> str:
 
 
 def save_small_celeba(folder, count: int) -> None:
-    """A folder as CelebA's: aligned pictures of 178x218, here drawn ones, and the attributes."""
+    """A folder as CelebA's: aligned images of 178x218, here synthetic ones, and the attributes."""
     (folder / "img_align_celeba").mkdir(parents=True)
     rows = [str(count), " ".join(ATTRIBUTES)]
     for i in range(count):
@@ -45,7 +45,7 @@ def run(tmp_path_factory):
     save_small_celeba(folder / "data", 64)
     tour = nbformat.read(PATH, as_version=4)
     (constants,) = [cell for cell in tour.cells if cell.source.startswith("DATA = ")]
-    constants.source = 'DATA, SIZE, STEPS = "data", 8, 8\nASKED = ("Smiling", "Eyeglasses")'
+    constants.source = 'DATA, SIZE, STEPS = "data", 8, 8\nATTRIBUTES = ("Smiling", "Eyeglasses")'
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))
         patch.setenv("OMP_NUM_THREADS", "1")
@@ -56,7 +56,7 @@ def run(tmp_path_factory):
 
 
 def test_tour_runs_without_a_gpu(run):
-    """Fault 70. A cell that raises ends `execute` with CellExecutionError."""
+    """A cell that raises ends `execute` with CellExecutionError."""
     folder, tour = run
     counts = [cell.execution_count for cell in tour.cells if cell.cell_type == "code"]
     assert counts == list(range(1, len(CODE) + 1))
@@ -80,8 +80,8 @@ def test_committed_tour_is_one_clean_run():
     said = "\n".join(map(text_of, CODE))
     equal, total = re.search(r"(\d+) of (\d+) tensors are equal, bit for bit", said).groups()
     assert equal == total
-    pictures = [o for cell in CODE for o in cell.outputs if "image/png" in o.get("data", {})]
-    assert len(pictures) >= 12
+    images = [o for cell in CODE for o in cell.outputs if "image/png" in o.get("data", {})]
+    assert len(images) >= 12
 
 
 def test_committed_tour_is_small_and_names_no_machine():
