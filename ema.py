@@ -1,4 +1,4 @@
-"""An exponential moving average of a network's weights: what pictures are drawn from."""
+"""An exponential moving average of a network's weights, which generates the better images."""
 
 import copy
 
@@ -9,9 +9,9 @@ from torch import nn
 class EMA:
     """The average of the weights over the updates, ema <- d * ema + (1 - d) * weights.
 
-    decay: d once warmed up. The first updates use (1 + n) / (10 + n) after n of them, so that the
-    average forgets the untrained weights. The average is `.model`, a network of its own in eval
-    mode, never swapped with the one in training; its buffers are copies, not averages."""
+    decay: d once warmed up. After n updates it is at most (1 + n) / (10 + n), so that the average
+    forgets the untrained weights. The average is `.model`, a network of its own in eval mode; its
+    buffers are copies, not averages."""
 
     def __init__(self, model: nn.Module, decay: float = 0.9999):
         assert 0 <= decay < 1, f"decay is {decay}, not in [0, 1)"
@@ -21,7 +21,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Take one step towards the weights of `model`, the network the average was made of."""
+        """Move the average towards the weights of `model`, the network that it was made of."""
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
         self.num_updates += 1
         ours, theirs = list(self.model.parameters()), list(model.parameters())
@@ -34,7 +34,6 @@ class EMA:
         return {"model": self.model.state_dict(), "num_updates": self.num_updates}
 
     def load_state_dict(self, state: dict) -> None:
-        """Take up an average where it was saved. Raises RuntimeError where the weights do not
-        fit."""
+        """Go on from a saved average. Raises RuntimeError where the weights do not fit."""
         self.model.load_state_dict(state["model"])
         self.num_updates = state["num_updates"]

@@ -1,10 +1,9 @@
-"""Group normalisation of bfloat16 pictures on a CPU, in channels_last, where convolutions are
-fastest.
+"""Group normalisation of bfloat16 images on a CPU, in channels_last.
 
-There PyTorch's own kernels are fast in float32, but in bfloat16 several times slower: backwards,
-and forwards too on pictures of fewer than 1,024 pixels. So small pictures pass through float32, and
-large ones have a backward of their own, which is sums over the pixels and two passes over the
-picture.
+Convolutions are fastest in that format, but PyTorch's own kernels of this norm are several times
+slower in bfloat16 than in float32: backwards, and forwards too on images of fewer than 1,024
+pixels. So small images pass through float32, and large ones get a backward of their own: sums over
+the pixels, and two passes over the image.
 """
 
 import math
@@ -16,25 +15,25 @@ from torch.autograd.function import once_differentiable
 
 
 def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """What F.group_norm returns (Wu and He 2018), sooner.
+    """F.group_norm (Wu and He 2018), but faster.
 
-    x: (B, C, H, W) bfloat16, channels_last, on a CPU; weight, bias: (C,)"""
+    x: (B, C, H, W) bfloat16, channels_last, on a CPU; weight, bias: (C,). Returns x's shape."""
     if x.shape[2] * x.shape[3] < 1024:
         return F.group_norm(x.float(), groups, weight.float(), bias.float(), eps).to(x.dtype)
-    return GroupNorm.apply(x, groups, weight, bias, eps)
+    return LargeGroupNorm.apply(x, groups, weight, bias, eps)
 
 
 def column_sums(rows: Tensor) -> Tensor:
-    """Sum (B, N, C) over N: (B, C), float32 at least.
+    """Sum (B, N, C) over N: (B, C), in float32 at least.
 
-    A sum in bfloat16 is rounded to 8 bits, so up to 16 parts are summed apart and added up in
-    float32: the rounding errors average out."""
+    A sum in bfloat16 is rounded to 8 bits: up to 16 parts are summed separately and added up in
+    float32, so that the rounding errors average out."""
     parts = rows.unflatten(1, (math.gcd(rows.shape[1], 16), -1)).sum(2)
     return parts.sum(1, dtype=torch.promote_types(rows.dtype, torch.float32))
 
 
-class GroupNorm(torch.autograd.Function):
-    """PyTorch's forward, and a backward for large pictures."""
+class LargeGroupNorm(torch.autograd.Function):
+    """PyTorch's forward, and a faster backward for large images."""
 
     @staticmethod
     def forward(ctx, x, groups, weight, bias, eps):
@@ -46,12 +45,12 @@ class GroupNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        """dx = rstd * (weight * dy - mean of it - xhat * mean of (it * xhat)), gathered by its
-        factors of dy and of x; means are taken over a group."""
+        """dx = rstd * (g - mean(g) - xhat * mean(g * xhat)), where g = weight * dy, xhat = (x -
+        mean) * rstd, and means are over a group; as of_dy * dy + of_x * x + constant."""
         x, mean, rstd, weight = ctx.saved_tensors
         b, c, h, w = x.shape
         dy, x = (t.permute(0, 2, 3, 1).reshape(b, h * w, c) for t in (grad, x))  # x's is a view
-        # From here on a number of a group is (B, groups, 1), of a channel (B, groups, C / groups).
+        # From here on values of a group are (B, groups, 1), of a channel (B, groups, C / groups).
         mean, rstd = mean[:, :, None], rstd[:, :, None]
         shape = (b, mean.shape[1], -1)
         sum_dy, sum_dy_x = column_sums(dy).view(shape), column_sums(dy * x).view(shape)

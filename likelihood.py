@@ -1,8 +1,8 @@
 """How well a network fits faces that it has not seen: its loss at each noise level, and the bits
-per dimension of the variational bound (Ho et al. 2020, eq. 5), an upper bound of what a perfect
-coder that uses it would need for each colour value.
+per dimension of the variational bound (Ho et al. 2020, eq. 5): no more than these a coder built on
+the network needs for a colour value, on average.
 
-    L_T        KL(q(x_T | x_0) || N(0, 1)): what is left of the picture at the end
+    L_T        KL(q(x_T | x_0) || N(0, 1)): what is left of the image at the end
     L_{t-1}    KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), here the term of the code's t >= 1
     L_0        -log p(x_0 | x_1), in bins of one grey level (eq. 13), the term of the code's t = 0
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import trange
 
-from diffusion import Diffusion, draw_noise, evaluating, image_generators
+from diffusion import Diffusion, draw_noise, evaluate_model, evaluating, image_generators
 from images import to_x_0
 
 
@@ -32,7 +32,7 @@ class HeldOutLoss(NamedTuple):
     prior_bits: float  # L_T
 
     def bits_per_dim(self) -> tuple[float, float]:
-        """The bound and its standard error, where every t was asked for."""
+        """The bound and its standard error, where `timesteps` are all of them."""
         return float(self.bits.sum()) + self.prior_bits, float(self.bits_variance.sum().sqrt())
 
     def bands(self, count: int = 10) -> list[float]:
@@ -42,7 +42,7 @@ class HeldOutLoss(NamedTuple):
 
 def decoder_bits(x_0: Tensor, mean: Tensor, sigma: float | Tensor) -> Tensor:
     """-log2 of the probability of the bin of one grey level around x_0 (Ho et al. 2020 eq. 13), for
-    pictures in [-1, 1]; the outermost bins reach to infinity. Any shape."""
+    images in [-1, 1]; the outermost bins reach to infinity. Any shape."""
 
     def below(edge: Tensor) -> Tensor:  # the normal distribution function
         return 0.5 * (1 + torch.erf((edge - mean) / (sigma * math.sqrt(2))))
@@ -56,21 +56,20 @@ def decoder_bits(x_0: Tensor, mean: Tensor, sigma: float | Tensor) -> Tensor:
 def terms(
     model: Callable, diffusion: Diffusion, x_0: Tensor, t: Tensor, eps: Tensor, attributes=None
 ) -> tuple[Tensor, Tensor]:
-    """The loss and the bound's term in bits per dimension of each picture at its t, (B,) float64.
+    """The loss and the bound's term in bits per dimension of each image at its t, (B,) float64.
 
     x_0, eps: (B, C, H, W); t: (B,) int64; attributes: (B, K) or None."""
     x_t = diffusion.q_sample(x_0, t, eps)
-    output = model(x_t, t) if attributes is None else model(x_t, t, attributes)
-    output = output.to(x_t.dtype)
+    output = evaluate_model(model, x_t, t, attributes).to(x_t.dtype)
     loss = (output - diffusion.target(x_0, t, eps)).square().double().mean((1, 2, 3))
 
-    alpha_bar = diffusion.alphas_cumprod[t].view(-1, 1, 1, 1)
-    x_0_guess, _ = diffusion.split(output, x_t, alpha_bar)
+    alpha_bar_t = diffusion.alphas_cumprod[t].view(-1, 1, 1, 1)
+    x_0_pred, _ = diffusion.x_0_and_eps(output, x_t, alpha_bar_t)
     variance = diffusion.posterior_log_variance_clipped[t].double().exp()
     weight = diffusion.posterior_mean_coef1[t].double().square() / (2 * variance)
-    kl = weight * (x_0 - x_0_guess).square().double().mean((1, 2, 3)) / math.log(2)
+    kl = weight * (x_0 - x_0_pred).square().double().mean((1, 2, 3)) / math.log(2)
     sigma = variance.sqrt().view(-1, 1, 1, 1)
-    decoder = decoder_bits(x_0, x_0_guess, sigma).mean((1, 2, 3))
+    decoder = decoder_bits(x_0, x_0_pred, sigma).mean((1, 2, 3))
     return loss, torch.where(t == 0, decoder, kl)
 
 
@@ -85,25 +84,25 @@ def held_out_loss(
     dtype: torch.dtype | None = None,
     show: bool = False,
 ) -> HeldOutLoss:
-    """The loss at each of `timesteps` (None: at all), over `draws` faces each, which take turns.
+    """The loss at each of `timesteps` (None: at all), over `draws` images each, taken in turn.
 
     images: (N, S, S, 3) uint8; attributes: (N, K), K may be 0; dtype: half precision to run in, or
-    None. Face and noise of a draw follow from its number alone, so that two calls agree bit for bit
-    and two networks are asked the same; show: a progress bar."""
+    None; show: a progress bar. The image and the noise of a draw follow from its number alone: two
+    calls agree bit for bit, and two networks are measured on the same."""
     device = diffusion.device
     timesteps = torch.arange(diffusion.num_timesteps) if timesteps is None else timesteps
-    times = timesteps.repeat_interleave(draws)
+    all_t = timesteps.repeat_interleave(draws)
     losses, bits = [], []
-    for start in trange(0, len(times), batch_size, desc="held-out loss", disable=not show):
-        t = times[start : start + batch_size].to(device)
+    for start in trange(0, len(all_t), batch_size, desc="held-out loss", disable=not show):
+        t = all_t[start : start + batch_size].to(device)
         numbers = range(start, start + len(t))
-        faces = np.arange(start, start + len(t)) % len(images)
-        x_0 = to_x_0(torch.from_numpy(images[faces])).to(device, diffusion.dtype)
+        indices = np.arange(start, start + len(t)) % len(images)
+        x_0 = to_x_0(torch.from_numpy(images[indices])).to(device, diffusion.dtype)
         eps = draw_noise(x_0.shape, image_generators(0, numbers), device, x_0.dtype)
-        asked = torch.from_numpy(attributes[faces]).to(device) if attributes.shape[1] else None
+        chosen = torch.from_numpy(attributes[indices]).to(device) if attributes.shape[1] else None
         autocast = torch.autocast(device.type, dtype, enabled=dtype is not None)
         with torch.no_grad(), evaluating(model), autocast:
-            batch = terms(model, diffusion, x_0, t, eps, asked)
+            batch = terms(model, diffusion, x_0, t, eps, chosen)
         losses.append(batch[0].cpu())
         bits.append(batch[1].cpu())
     loss, bits = (torch.cat(part).view(len(timesteps), draws) for part in (losses, bits))
@@ -114,7 +113,7 @@ def held_out_loss(
 
 
 def prior_bits(diffusion: Diffusion, images: np.ndarray) -> float:
-    """L_T in bits per dimension, over the first 256 pictures."""
+    """L_T in bits per dimension, over the first 256 images."""
     alpha_bar = float(diffusion.alphas_cumprod[-1])
     x_0 = to_x_0(torch.from_numpy(np.array(images[:256]))).double()
     kl = alpha_bar * x_0.square().mean() - alpha_bar - math.log1p(-alpha_bar)

@@ -1,13 +1,12 @@
-"""The network of DDPM: a U-Net that guesses the noise in a picture (Ho et al. 2020, appendix B).
+"""The network of DDPM: a U-Net that finds the noise in an image (Ho et al. 2020, appendix B).
 
-    x_t (B, 3, H, W) -> conv_in -> down stages -> middle -> up stages -> conv_out -> eps (B, 3, H,
-    W)
+    x_t (B, 3, H, W) -> conv_in -> down stages -> middle -> up stages -> conv_out -> (B, 3, H, W)
 
-Each down stage holds `num_res_blocks` residual blocks, each followed by attention where the stage's
-resolution is one of `attn_resolutions`, then halves the picture (not the last stage). Each up stage
-holds one block more, takes one skip connection into each by concatenation, then doubles the
-picture. The time t enters every residual block through a sinusoidal embedding and a small MLP. The
-same maths as diffusers' `UNet2DModel`, so weights can move both ways (tests/test_unet.py does).
+A down stage holds `num_res_blocks` residual blocks, each followed by attention where the stage's
+resolution is one of `attn_resolutions`, then halves the image (not the last stage). An up stage
+holds one block more, takes one skip connection into each by concatenation, then doubles the image.
+The time t enters every residual block through a sinusoidal embedding and a small MLP. The maths is
+that of diffusers' `UNet2DModel`, so that weights can move both ways (convert.py).
 """
 
 import math
@@ -20,14 +19,8 @@ from torch import Tensor, nn
 from group_norm_cpu import group_norm
 
 # Channel multipliers of the stages where none are given: the published networks at 32 (CIFAR-10),
-# 64 (CelebA, Song et al. 2020) and 256 px (LSUN); more pixels, more stages.
-CHANNEL_MULTS = {
-    32: (1, 2, 2, 2),
-    64: (1, 2, 2, 2, 4),
-    128: (1, 1, 2, 2, 4, 4),
-    192: (1, 1, 2, 2, 4, 4),
-    256: (1, 1, 2, 2, 4, 4),
-}
+# 64 (CelebA, Song et al. 2020) and 256 px (LSUN), which serves from 128 on.
+CHANNEL_MULTS = {32: (1, 2, 2, 2), 64: (1, 2, 2, 2, 4), 128: (1, 1, 2, 2, 4, 4)}
 
 
 def default_channel_mults(img_size: int) -> tuple[int, ...]:
@@ -47,10 +40,11 @@ def sinusoidal_embedding(t: Tensor, dim: int) -> Tensor:
 
 
 class GroupNorm(nn.GroupNorm):
-    """32 groups, or as many as divide a narrow network's channels; with SiLU behind, or without.
+    """Normalise groups of channels (Wu and He 2018), then apply SiLU or not: 32 groups, or as many
+    as divide a narrow network's channels.
 
     A group holds two channels or more: alone in its group a channel would lose its mean, and with
-    it all that the embedding of the time adds to it."""
+    it all that the embedding of t adds to it."""
 
     def __init__(self, channels: int, silu: bool = False):
         groups = math.gcd(32, channels)
@@ -74,7 +68,7 @@ def zero_init(layer: nn.Module) -> nn.Module:
 
 
 class ResidualBlock(nn.Module):
-    """Norm, SiLU, 3x3 convolution, twice; the time added in between; a shortcut around both."""
+    """Norm, SiLU, 3x3 convolution, twice; t added in between; a shortcut around it all."""
 
     def __init__(self, channels_in: int, channels: int, time_dim: int, dropout: float):
         super().__init__()
@@ -110,7 +104,7 @@ class Attention(nn.Module):
         qkv = self.qkv(tokens).unflatten(2, (3, self.heads, c // self.heads))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, HW, head_dim) each
         if x.device.type == "cpu" and q.dtype == torch.bfloat16:
-            # There the fused kernel is slow backwards, and plain products are twice as fast.
+            # The backward of the fused kernel is slow there: plain products are twice as fast.
             weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, heads, HW, HW)
             tokens = weights.softmax(dim=-1) @ v
         else:
@@ -120,10 +114,10 @@ class Attention(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double the picture: each pixel four times, then a 3x3 convolution.
+    """Double the image: repeat each pixel 2 x 2 times, then a 3x3 convolution.
 
-    Of the nine products for a pixel, those with copies of one pixel can be one: together both steps
-    are a transposed convolution with a 4x4 kernel, four products a pixel."""
+    A 3x3 window on repeated pixels sees only 2 x 2 different ones, so that both steps together are
+    a transposed convolution with a 4x4 kernel: four products for a pixel instead of nine."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -133,19 +127,16 @@ class Upsample(nn.Module):
         if x.device.type == "cpu" and x.dtype == torch.float32:  # in bfloat16 that is slower
             weight = F.pad(self.conv.weight.flip(2, 3), (1, 1, 1, 1))
             weight = F.avg_pool2d(weight, 2, stride=1, divisor_override=1).transpose(0, 1)
-            # The bias apart: inside, its gradient makes the backward 1.4 times as long.
+            # The bias is added apart: inside, its gradient makes the backward 1.4 times as long.
             y = F.conv_transpose2d(x, weight, stride=2, padding=1)
             return y.add_(self.conv.bias[:, None, None])
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
 
 
 class Stage(nn.Module):
-    """Residual blocks at one resolution, each with attention or none, and the way to the next
-    one."""
+    """Residual blocks at one resolution, each with attention or none; the way to the next one."""
 
-    def __init__(
-        self, blocks: list[ResidualBlock], attentions: list[nn.Module], resample: nn.Module
-    ):
+    def __init__(self, blocks: list[nn.Module], attentions: list[nn.Module], resample: nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.attentions = nn.ModuleList(attentions)
@@ -153,15 +144,14 @@ class Stage(nn.Module):
 
 
 class UNet(nn.Module):
-    """eps = UNet(x_t, t): the noise in x_t, Ho et al. 2020.
+    """output = UNet(x_t, t): the noise in x_t (Ho et al. 2020), or what else it is taught to find.
 
     img_size: pixels of a side, divisible by 2 at every stage but the last
-    channels: channels of the first stage; channel_mults: stage i has channels * channel_mults[i]
-        (empty: chosen from img_size); num_res_blocks: residual blocks in a stage
+    channels: of the first stage; channel_mults: stage i has channels * channel_mults[i] (empty:
+        chosen by img_size); num_res_blocks: residual blocks in a stage
     attn_resolutions: resolutions, in pixels, at which blocks are followed by attention
     head_dim: channels of an attention head; dropout: share of activations dropped in training
-    num_attributes: length K of the condition; 0 for an unconditional network
-    Raises ValueError, naming the argument, where the stages do not fit."""
+    num_attributes: length K of the condition; 0 for an unconditional network"""
 
     def __init__(
         self,
@@ -176,7 +166,7 @@ class UNet(nn.Module):
     ):
         super().__init__()
         mults = tuple(channel_mults) or default_channel_mults(img_size)
-        self.channels = channels
+        self.img_size, self.channels = img_size, channels
         time_dim = 4 * channels
         self.time_mlp = nn.Sequential(
             nn.Linear(channels, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim)
@@ -188,12 +178,12 @@ class UNet(nn.Module):
 
         def stage(channels_in: list[int], width: int, resolution: int, resample) -> Stage:
             """A block for each of `channels_in`, the channels that come into it."""
-            attends = resolution in attn_resolutions
             blocks = [ResidualBlock(c, width, time_dim, dropout) for c in channels_in]
+            attends = resolution in attn_resolutions
             attentions = [Attention(width, head_dim) if attends else nn.Identity() for _ in blocks]
             return Stage(blocks, attentions, resample)
 
-        # Down: `skips` remembers the channels of every output that an up block will take back.
+        # Down: `skips` lists the channels of every h that an up block will take back.
         self.down = nn.ModuleList()
         width, resolution, skips = channels, img_size, [channels]
         for i, mult in enumerate(mults):
@@ -220,16 +210,15 @@ class UNet(nn.Module):
 
         self.norm_out = GroupNorm(width, silu=True)
         self.conv_out = zero_init(nn.Conv2d(width, 3, 3, padding=1))
-        # Convolutions are fastest so, on GPUs and CPUs, and hand the format on to what follows.
+        # The memory format in which convolutions are fastest, on GPUs and CPUs; it is passed on.
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x_t: Tensor, t: Tensor, attributes: Tensor | None = None) -> Tensor:
-        """x_t: (B, 3, H, W); t: (B,) in [0, T); attributes: (B, K) of 1, -1, 0. Returns eps, x_t's
-        shape."""
+        """x_t: (B, 3, H, W), the shape of the output; t: (B,) in [0, T); attributes: (B, K)."""
         emb = self.time_mlp(sinusoidal_embedding(t, self.channels).to(x_t.dtype))
         if attributes is not None:
             emb = emb + self.attribute_map(attributes)
-        emb = F.silu(emb)  # every block wants it so
+        emb = F.silu(emb)  # once for all blocks
 
         h = self.conv_in(x_t)
         skips = [h]

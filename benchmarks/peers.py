@@ -5,8 +5,6 @@ each as its own code takes it. `train_speed.py` gives each of them a process of 
 """
 
 import copy
-import sys
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,6 +14,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.common import empty_cache, peak_memory, seconds_of
+from convert import to_diffusers
 from dataset import Batches, Faces
 from device import autocast_dtype, keep_freed_memory
 from diffusion import Diffusion
@@ -58,13 +57,14 @@ def random_faces(count: int, img_size: int) -> Faces:
     return Faces(images, nothing, everyone, everyone[:0], "random", "random pixels")
 
 
-def diffusers_network(model: UNet, config: Config) -> nn.Module:
+def diffusers_network(model: UNet) -> nn.Module:
     """diffusers' UNet2DModel of a network's shape, with its weights."""
-    sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
-    from test_unet import to_diffusers  # here: only with diffusers installed
+    from diffusers import UNet2DModel  # here: only where diffusers is installed
 
-    names = ["img_size", "channels", "channel_mults", "num_res_blocks", "attn_resolutions"]
-    return to_diffusers(model, **{name: getattr(config, name) for name in [*names, "head_dim"]})
+    config, weights = to_diffusers(model)
+    network = UNet2DModel(**config)
+    network.load_state_dict(weights)
+    return network
 
 
 def forward_flops(model: nn.Module, img_size: int) -> int:
@@ -189,7 +189,7 @@ class Diffusers(Row):
             torch.backends.cuda.matmul.allow_tf32 = True
             torch.backends.cudnn.allow_tf32 = True
         torch.manual_seed(config.seed)
-        network = diffusers_network(UNet(**unet_arguments(config)), config)
+        network = diffusers_network(UNet(**unet_arguments(config)))
         self.flops = forward_flops(network, config.img_size)
         self.format = torch.channels_last if advised else torch.contiguous_format
         self.network = network.to(device, memory_format=self.format).train()

@@ -129,7 +129,7 @@ class Diffusers:
     def __init__(self, path: Path, device: torch.device, half: bool):
         trained = load_trained(path, device="cpu")
         self.config, self.device, self.ours = Config(**trained.settings), device, trained.model
-        self.network = diffusers_network(self.ours, self.config).eval().to(device)
+        self.network = diffusers_network(self.ours).eval().to(device)
         self.autocast = half and device.type == "cpu"
         if half and not self.autocast:
             self.network.half()

@@ -212,12 +212,12 @@ class Products(nn.Module):
 def test_flops_are_two_for_each_product_and_equal_in_both_networks():
     assert forward_flops(Products(), 8) == 2 * (9 * 3 * 5 * 64 + 8 * 7 * 5 * 8)
     ours = sample_speed.random_network(SMALL)
-    assert forward_flops(ours, 8) == forward_flops(diffusers_network(ours, SMALL), 8)
+    assert forward_flops(ours, 8) == forward_flops(diffusers_network(ours), 8)
 
 
 def test_pictures_that_differ_are_not_compared():
     ours = sample_speed.random_network(SMALL).eval()
-    theirs = diffusers_network(ours, SMALL).eval()
+    theirs = diffusers_network(ours).eval()
     assert sample_speed.largest_difference(ours, theirs, SMALL, steps=3, num_images=2) < 1e-4
     other = copy.deepcopy(ours)
     with torch.no_grad():

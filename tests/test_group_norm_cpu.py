@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from diffusion import Diffusion
-from group_norm_cpu import GroupNorm, column_sums, group_norm
+from group_norm_cpu import LargeGroupNorm, column_sums, group_norm
 from unet import UNet, Upsample
 
 
@@ -37,7 +37,7 @@ def test_equals_pytorch_in_float64_with_its_gradients(shape, groups):
     torch.manual_seed(0)
     x = channels_last(torch.randn(shape).double() * 3 + 1)
     weight, bias = torch.randn(shape[1]).double(), torch.randn(shape[1]).double()
-    mine = gradients(lambda *a: GroupNorm.apply(*a, 1e-5), x, groups, weight, bias, x.cos())
+    mine = gradients(lambda *a: LargeGroupNorm.apply(*a, 1e-5), x, groups, weight, bias, x.cos())
     theirs = gradients(native, x, groups, weight, bias, x.cos())
     for a, b in zip(mine, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
@@ -48,7 +48,7 @@ def test_equals_pytorch_in_float64_with_its_gradients(shape, groups):
 @pytest.mark.parametrize("offset", [0.0, 1.0, 3.0])
 @pytest.mark.parametrize("side, unit", [(16, 1e-6), (32, 2**-7)], ids=["small", "large"])
 def test_rounding_in_bfloat16_is_that_of_pytorch_or_of_bfloat16(side, unit, offset):
-    """Small pictures go through float32; the gradients of large ones are sums of products that are
+    """Small images go through float32; the gradients of large ones are sums of products that are
     rounded to bfloat16, each by up to 2**-9."""
     torch.manual_seed(0)
     x = torch.randn(4, 64, side, side) * torch.rand(64, 1, 1) + offset * torch.randn(64, 1, 1)
@@ -75,7 +75,7 @@ def test_column_sums_are_rounded_less_than_one_product_would_be(dtype, tolerance
 
 
 @pytest.mark.parametrize("side", [4, 32], ids=["small", "large"])
-def test_constant_pictures_give_finite_numbers(side):
+def test_constant_images_give_finite_numbers(side):
     """Their variance is 0, and may come out negative."""
     x = channels_last(torch.full((2, 8, side, side), 1.7).bfloat16())
     y, dx, *_ = gradients(ours, x, 4, torch.ones(8), torch.zeros(8), x)
@@ -98,7 +98,7 @@ def test_upsampling_by_one_transposed_convolution_is_that_of_two_steps():
 
 
 class Plain(nn.Module):
-    """PyTorch's own group norm on contiguous pictures, to stand in for ours."""
+    """PyTorch's own group norm on contiguous images, to stand in for ours."""
 
     def __init__(self, norm):
         super().__init__()
@@ -132,12 +132,12 @@ def test_fast_step_has_the_loss_and_gradient_of_a_plain_one_in_float64(dtype, of
     plain = make_plain(plain).double()
     x_0 = torch.rand(8, 3, 32, 32) * 2 - 1
 
-    # The same noise for both: drawn in float32.
+    # The same noise for both: made in float32.
     eps, t = torch.randn_like(x_0), torch.arange(0, 1000, 125)
     x_t = Diffusion().q_sample(x_0, t, eps)
     with torch.autocast("cpu", dtype, enabled=dtype is not None):
-        guess = fast(x_t, t)
-    loss = F.mse_loss(guess.float(), eps)
+        output = fast(x_t, t)
+    loss = F.mse_loss(output.float(), eps)
     loss.backward()
     exact = F.mse_loss(plain(x_t.double(), t), eps.double())
     exact.backward()

@@ -16,18 +16,18 @@ from train import Config
 from unet import UNet
 from utils import unet_arguments
 
-SPREAD = 0.25  # standard deviation of the pixels of a toy picture, which are independent
+SPREAD = 0.25  # standard deviation of the pixels of a toy image, which are independent
 
 
-def toy_pictures(count: int, side: int = 16) -> np.ndarray:
+def toy_images(count: int, side: int = 16) -> np.ndarray:
     pixels = np.random.default_rng(0).normal(127.5, 127.5 * SPREAD, (count, side, side, 3))
     return pixels.round().clip(0, 255).astype(np.uint8)
 
 
 def exact_network(diffusion: Diffusion):
-    """The best answer there is for toy pictures: the mean of what it could be, given x_t."""
+    """The best output there is for toy images: the mean of what it could be, given x_t."""
 
-    def answer(x_t, t):
+    def network(x_t, t):
         alpha_bar = diffusion.alphas_cumprod[t].view(-1, 1, 1, 1)
         x_0 = alpha_bar.sqrt() * SPREAD**2 * x_t / (alpha_bar * SPREAD**2 + 1 - alpha_bar)
         eps = (x_t - alpha_bar.sqrt() * x_0) / (1 - alpha_bar).sqrt()
@@ -35,7 +35,7 @@ def exact_network(diffusion: Diffusion):
             return eps
         return alpha_bar.sqrt() * eps - (1 - alpha_bar).sqrt() * x_0
 
-    return answer
+    return network
 
 
 def no_attributes(images: np.ndarray) -> np.ndarray:
@@ -47,7 +47,7 @@ def normal_below(x: np.ndarray) -> np.ndarray:
 
 
 def closed_form_bits(diffusion: Diffusion) -> np.ndarray:
-    """Each term of the bound for toy pictures and the exact network, by integrals in float64."""
+    """Each term of the bound for toy images and the exact network, by integrals in float64."""
     alpha_bar = diffusion._alphas_cumprod.numpy()
     before = np.concatenate([[1.0], alpha_bar[:-1]])
     beta = 1 - alpha_bar / before
@@ -75,7 +75,7 @@ def closed_form_bits(diffusion: Diffusion) -> np.ndarray:
 @pytest.mark.parametrize("noise_schedule", ["linear", "cosine"])
 def test_bits_per_dim_of_a_gaussian_toy_equal_the_closed_form(prediction, noise_schedule):
     diffusion = Diffusion(100, noise_schedule, prediction)
-    images = toy_pictures(64)
+    images = toy_images(64)
     loss = held_out_loss(exact_network(diffusion), diffusion, images, no_attributes(images))
     expected = closed_form_bits(diffusion)
     assert loss.bits.numpy() == pytest.approx(expected, rel=0.1, abs=1e-4)  # each, as sampled
@@ -86,7 +86,7 @@ def test_bits_per_dim_of_a_gaussian_toy_equal_the_closed_form(prediction, noise_
 
 def test_loss_of_a_gaussian_toy_equals_the_closed_form():
     diffusion = Diffusion(100, "cosine")
-    images = toy_pictures(64)
+    images = toy_images(64)
     loss = held_out_loss(exact_network(diffusion), diffusion, images, no_attributes(images))
     alpha_bar = diffusion.alphas_cumprod.double()
     expected = alpha_bar * SPREAD**2 / (alpha_bar * SPREAD**2 + 1 - alpha_bar)
@@ -96,7 +96,7 @@ def test_loss_of_a_gaussian_toy_equals_the_closed_form():
 
 def test_prior_bits_are_the_divergence_from_the_normal_distribution():
     diffusion = Diffusion(100, "linear")
-    images = toy_pictures(256)
+    images = toy_images(256)
     alpha_bar = float(diffusion._alphas_cumprod[-1])
     q = torch.distributions.Normal(
         math.sqrt(alpha_bar) * to_x_0(torch.from_numpy(images)).double(), math.sqrt(1 - alpha_bar)
@@ -118,8 +118,8 @@ def test_terms_hold_the_training_loss():
     x_0, eps = torch.rand(2, 3, 8, 8) * 2 - 1, torch.randn(2, 3, 8, 8)
     t = torch.tensor([0, 30])
     loss, _ = terms(lambda x, t: model(x), diffusion, x_0, t, eps)
-    answer = model(diffusion.q_sample(x_0, t, eps))
-    expected = F.mse_loss(answer, diffusion.target(x_0, t, eps), reduction="none").mean((1, 2, 3))
+    output = model(diffusion.q_sample(x_0, t, eps))
+    expected = F.mse_loss(output, diffusion.target(x_0, t, eps), reduction="none").mean((1, 2, 3))
     assert torch.allclose(loss, expected.double())
 
 
@@ -132,7 +132,7 @@ def network() -> UNet:
 
 
 def test_two_calls_agree_bit_for_bit_and_leave_the_mode_alone():
-    diffusion, model, images = Diffusion(50), network(), toy_pictures(5, 8)
+    diffusion, model, images = Diffusion(50), network(), toy_images(5, 8)
     options = dict(timesteps=diffusion.timesteps(7), draws=3)
     a, b = (
         held_out_loss(model, diffusion, images, no_attributes(images), **options) for _ in range(2)
@@ -142,7 +142,7 @@ def test_two_calls_agree_bit_for_bit_and_leave_the_mode_alone():
 
 
 def test_batch_size_does_not_matter():
-    diffusion, model, images = Diffusion(50), network(), toy_pictures(5, 8)
+    diffusion, model, images = Diffusion(50), network(), toy_images(5, 8)
     sizes = (4, 64)
     a, b = (
         held_out_loss(model, diffusion, images, no_attributes(images), draws=2, batch_size=size)
@@ -152,7 +152,7 @@ def test_batch_size_does_not_matter():
 
 
 def test_attributes_go_with_their_faces():
-    """A network that is told each picture's mean grey can use it; told another's, it cannot."""
+    """A network that is told each image's mean grey can use it; told another's, it cannot."""
     diffusion = Diffusion(50)
     images = np.repeat(np.arange(0, 250, 50, np.uint8), 8 * 8 * 3).reshape(5, 8, 8, 3)
     greys = images[:, :1, 0, 0].astype(np.float32) / 127.5 - 1
@@ -168,7 +168,7 @@ def test_attributes_go_with_their_faces():
 
 
 def test_worse_network_needs_more_bits():
-    diffusion, images = Diffusion(100), toy_pictures(16)
+    diffusion, images = Diffusion(100), toy_images(16)
     best = held_out_loss(exact_network(diffusion), diffusion, images, no_attributes(images))
     none = held_out_loss(lambda x, t: torch.zeros_like(x), diffusion, images, no_attributes(images))
     assert none.bits_per_dim()[0] > best.bits_per_dim()[0] + 1
@@ -176,7 +176,7 @@ def test_worse_network_needs_more_bits():
 
 
 def test_noise_of_a_draw_follows_from_its_number():
-    images = toy_pictures(3, 8)
+    images = toy_images(3, 8)
     diffusion, seen = Diffusion(50), []
 
     def spy(x_t, t):

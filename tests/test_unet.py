@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 
+from convert import to_diffusers
 from unet import UNet, default_channel_mults, sinusoidal_embedding
 
 SMALL = dict(img_size=16, channels=64, channel_mults=(1, 2), attn_resolutions=(8,), head_dim=32)
@@ -21,60 +22,10 @@ def make_small(**changes):
     return model
 
 
-def to_diffusers(
-    model, img_size, channels, channel_mults, num_res_blocks, attn_resolutions, head_dim
-):
+def make_theirs(ours):
     """diffusers' network with our weights; every one of its weights is set."""
-    resolutions = [img_size >> i for i in range(len(channel_mults))]
-    kinds = ["Attn" if r in attn_resolutions else "" for r in resolutions]
-    theirs = UNet2DModel(
-        sample_size=img_size,
-        block_out_channels=[channels * m for m in channel_mults],
-        down_block_types=[f"{kind}DownBlock2D" for kind in kinds],
-        up_block_types=[f"{kind}UpBlock2D" for kind in reversed(kinds)],
-        layers_per_block=num_res_blocks,
-        attention_head_dim=head_dim,
-        norm_num_groups=32,
-        flip_sin_to_cos=False,
-        freq_shift=1,
-    )
-    weights = {}
-
-    def copy(name, layer):
-        weights.update({f"{name}.{key}": value for key, value in layer.state_dict().items()})
-
-    def copy_block(name, block):
-        pairs = {"norm1": block.norm1, "conv1": block.conv1, "time_emb_proj": block.time}
-        pairs |= {"norm2": block.norm2, "conv2": block.conv2, "conv_shortcut": block.shortcut}
-        for key, layer in pairs.items():
-            copy(f"{name}.{key}", layer)
-
-    def copy_attention(name, attention):
-        copy(f"{name}.group_norm", attention.norm)
-        copy(f"{name}.to_out.0", attention.out)
-        parts = zip(attention.qkv.weight.chunk(3), attention.qkv.bias.chunk(3), strict=True)
-        for key, (weight, bias) in zip(("to_q", "to_k", "to_v"), parts, strict=True):
-            weights[f"{name}.{key}.weight"], weights[f"{name}.{key}.bias"] = weight, bias
-
-    copy("conv_in", model.conv_in)
-    copy("time_embedding.linear_1", model.time_mlp[0])
-    copy("time_embedding.linear_2", model.time_mlp[2])
-    for kind, stages in (("down", model.down), ("up", model.up)):
-        for i, stage in enumerate(stages):
-            for j, (block, attention) in enumerate(
-                zip(stage.blocks, stage.attentions, strict=True)
-            ):
-                copy_block(f"{kind}_blocks.{i}.resnets.{j}", block)
-                if not isinstance(attention, torch.nn.Identity):
-                    copy_attention(f"{kind}_blocks.{i}.attentions.{j}", attention)
-            if not isinstance(stage.resample, torch.nn.Identity):
-                conv = getattr(stage.resample, "conv", stage.resample)
-                copy(f"{kind}_blocks.{i}.{kind}samplers.0.conv", conv)
-    copy_block("mid_block.resnets.0", model.middle_block1)
-    copy_attention("mid_block.attentions.0", model.middle_attention)
-    copy_block("mid_block.resnets.1", model.middle_block2)
-    copy("conv_norm_out", model.norm_out)
-    copy("conv_out", model.conv_out)
+    config, weights = to_diffusers(ours)
+    theirs = UNet2DModel(**config)
     theirs.load_state_dict(weights, strict=True)
     return theirs
 
@@ -90,7 +41,7 @@ def to_diffusers(
 def test_output_and_gradients_equal_diffusers(changes):
     shape = {**SMALL, "num_res_blocks": 2, **changes}
     ours = make_small(**shape).double()
-    theirs = to_diffusers(ours, **shape).double()
+    theirs = make_theirs(ours).double()
     x = torch.randn(3, 3, shape["img_size"], shape["img_size"], dtype=torch.float64)
     t = torch.tensor([0, 17, 999])
     # The embedding of t is float32 in both, and the two compute it in another order.
@@ -128,7 +79,7 @@ def test_times_between_integers_are_embedded():
     assert a[0] != b[0] != c[0]
 
 
-def test_fresh_network_answers_zero():
+def test_output_of_a_fresh_network_is_zero():
     model = UNet(**SMALL)
     assert torch.equal(
         model(torch.randn(2, 3, 16, 16), torch.tensor([3, 9])), torch.zeros(2, 3, 16, 16)
@@ -168,7 +119,7 @@ def test_dropout_acts_in_training_only():
 
 
 @pytest.mark.parametrize("channels", [4, 8, 12, 32, 48, 64, 96, 128])
-def test_time_reaches_the_answer_of_a_network_of_any_width(channels):
+def test_time_reaches_the_output_of_a_network_of_any_width(channels):
     """Not where a group of the norm is one channel: its mean, and so the time, is taken away."""
     model = make_small(channels=channels, head_dim=channels).eval()
     assert all(
@@ -202,3 +153,12 @@ def test_every_argument_changes_the_network(changes):
     before, after = make_small(), make_small(**changes)
     shapes = [[tuple(p.shape) for p in m.parameters()] for m in (before, after)]
     assert shapes[0] != shapes[1] or not torch.allclose(before(x, t), after(x, t))
+
+
+@pytest.mark.parametrize(
+    "changes, setting",
+    [({"channels": 48, "channel_mults": (1, 2)}, "channels"), ({"head_dim": 96}, "head_dim")],
+)
+def test_network_that_diffusers_cannot_express_is_refused_by_its_setting(changes, setting):
+    with pytest.raises(ValueError, match=f"^{setting}: "):
+        to_diffusers(make_small(attn_resolutions=(16, 8), **changes))
