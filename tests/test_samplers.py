@@ -269,9 +269,8 @@ def test_every_sampler_takes_guidance(sampler):
         )
         for g in (1.0, 2.0)
     )
-    (_, noise, _), (_, x_t, _) = next(a), next(a)
-    (_, same_noise, _), (_, other_x_t, _) = next(b), next(b)
-    assert torch.equal(noise, same_noise) and not torch.allclose(x_t, other_x_t)
+    pairs = [(x_t, other) for (_, x_t, _), (_, other, _) in zip(a, b, strict=True)]
+    assert torch.equal(*pairs[0]) and not all(torch.allclose(*pair) for pair in pairs)
 
 
 # The table ---------------------------------------------------------------------------------------
