@@ -259,13 +259,13 @@ def test_network_that_puts_out_v_generates_the_same_images(sampler):
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_sampler_takes_guidance(sampler):
-    def first_attribute(x, t, attributes):
-        return attributes[:, 0].view(-1, 1, 1, 1).expand_as(x) * 0.1 + 0.3
+    def conditional(x, t, attributes):
+        return x * (0.95 - 0.05 * attributes.view(-1, 1, 1, 1))
 
     options = dict(sampler=sampler, steps=5, attributes=torch.ones(2, 1))
     a, b = (
         make().sample_loop(
-            first_attribute, SHAPE, guidance=g, generator=image_generators(0, (0, 1)), **options
+            conditional, SHAPE, guidance=g, generator=image_generators(0, (0, 1)), **options
         )
         for g in (1.0, 2.0)
     )
