@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dataset import PREPARED, load_array, save_array
 from errors import ResourceError, UsageError
 from images import to_x_0
+from prepared import PREPARED, load_array, save_array
 
 BATCH = 128  # pictures at a time, for the network
 BLOCK = 4096  # pictures at a time, to compare

@@ -1,7 +1,7 @@
-"""Generated faces: portraits of people who do not exist, the data that needs no download.
+"""Synthetic faces: portraits of people who do not exist, the data that needs no download.
 
-`_roll_person` decides what the features share; each `_draw_...` rolls its own details and fills
-outlines, from the back of the picture to the front. No roll depends on the size of the picture.
+`_draw_person` decides what the features share; each `_render_...` draws its own details at random
+and fills outlines, from the back of the image to the front. No draw depends on the image's size.
 
 Head coordinates: a point is the complex number x + iy, x to the viewer's right, y down, 0 between
 the eyes and the nose; the frame is about [-1, 1] x [-1, 1], and times exp(ia) tilts.
@@ -54,23 +54,33 @@ def _lens(centre, half_width, above, below, lift=0.0, tilt=0.0):
 
 
 class _Face:
-    """A canvas that is drawn on in head coordinates, and all that is rolled for one face."""
+    """All that is random about one face, and a canvas that is filled in head coordinates."""
 
-    def __init__(self, rng, size):
-        self.rolls = iter(rng.random(128).tolist())
-        backdrop = np.linspace(self.tint(BACKDROPS), self.tint(BACKDROPS), size).astype(np.uint8)
+    def __init__(self, index, seed):
+        self.draws = iter(np.random.default_rng([seed, index]).random(128).tolist())
+        self.backdrop = self.tint(BACKDROPS), self.tint(BACKDROPS)
+        self.scale, self.tilt = self.draw(0.96, 1.1), np.exp(1j * self.draw(-0.1, 0.1))
+        self.centre = complex(self.draw(0.93, 1.07), self.draw(0.95, 1.05))
+        _draw_person(self)
+
+    def start(self, size):
+        """Begin an image of size x size."""
+        backdrop = np.linspace(*self.backdrop, size).astype(np.uint8)
         self.canvas = Image.fromarray(backdrop[:, None]).resize((size, size), Image.NEAREST)
         self.opaque, self.glaze = ImageDraw.Draw(self.canvas), ImageDraw.Draw(self.canvas, "RGBA")
         self.rings = max(3, size // 48)  # the steps of a soft edge
-        self.zoom = size / 2 * self.roll(0.96, 1.1) * np.exp(1j * self.roll(-0.1, 0.1))
-        self.origin = size / 2 * complex(self.roll(0.93, 1.07), self.roll(0.95, 1.05))
+        self.zoom, self.origin = size / 2 * self.scale * self.tilt, size / 2 * self.centre
 
-    def roll(self, low=0.0, high=1.0):
-        return low + (high - low) * next(self.rolls)
+    @property
+    def attributes(self):
+        return np.array([1 if self.has[name] else -1 for name in ATTRIBUTES], np.int8)
+
+    def draw(self, low=0.0, high=1.0):
+        return low + (high - low) * next(self.draws)
 
     def tint(self, row):
-        first, step = int(self.roll(0, len(row))), int(self.roll(1, len(row)))
-        return _mix(row[first], row[(first + step) % len(row)], self.roll())
+        first, step = int(self.draw(0, len(row))), int(self.draw(1, len(row)))
+        return _mix(row[first], row[(first + step) % len(row)], self.draw())
 
     def fill(self, outline, colour, strength=1.0):
         points = (outline * self.zoom + self.origin).view(np.float64).tolist()
@@ -85,30 +95,30 @@ class _Face:
             self.fill(centre + width * (outline - centre), colour, layer)
 
 
-def _roll_person(face):
-    male = face.male = face.roll() < 0.5
+def _draw_person(face):
+    male = face.male = face.draw() < 0.5
     shares = zip(ATTRIBUTES, MEN if male else WOMEN, strict=True)
-    has = face.has = {name: face.roll() < share for name, share in shares}
-    hair = int(np.searchsorted((0.27, 0.52, 0.75, 0.9), face.roll()))
+    has = face.has = {name: face.draw() < share for name, share in shares}
+    hair = int(np.searchsorted((0.27, 0.52, 0.75, 0.9), face.draw()))
     has[HAIRS[hair]] = True
     if has["Bald"]:
         has[HAIRS[hair]] = has["Bangs"] = has["Wearing_Hat"] = False
-    face.hair, face.skin = _mix(HAIRS_DARK[hair], HAIRS_BRIGHT[hair], face.roll()), face.tint(SKINS)
-    face.long = face.roll() < (0 if has["Bald"] else 0.08 if male else 0.85)
-    face.curl = 1 + face.roll(0, 0.03) * np.cos(2 * int(face.roll(5, 9)) * np.angle(CIRCLE))
+    face.hair, face.skin = _mix(HAIRS_DARK[hair], HAIRS_BRIGHT[hair], face.draw()), face.tint(SKINS)
+    face.long = face.draw() < (0 if has["Bald"] else 0.08 if male else 0.85)
+    face.curl = 1 + face.draw(0, 0.03) * np.cos(2 * int(face.draw(5, 9)) * np.angle(CIRCLE))
     face.shade = _mix(face.skin, (84, 30, 30), 0.34)
-    face.light = complex(face.roll(-1, 1), face.roll(-0.6, 0.1))
-    face.side, face.volume = face.roll(-0.09, 0.09), face.roll(0.02, 0.18)  # side: the head's turn
-    face.width, face.height = face.roll(0.56, 0.62) + 0.04 * male, face.roll(0.72, 0.8)
-    chin = face.roll(0.05, 0.14) if male else face.roll(0.2, 0.3)  # how pointed it is
+    face.light = complex(face.draw(-1, 1), face.draw(-0.6, 0.1))
+    face.side, face.volume = face.draw(-0.09, 0.09), face.draw(0.02, 0.18)  # side: the head's turn
+    face.width, face.height = face.draw(0.56, 0.62) + 0.04 * male, face.draw(0.72, 0.8)
+    chin = face.draw(0.05, 0.14) if male else face.draw(0.2, 0.3)  # how pointed it is
     face.head = _oval(0.02j, face.width * (1 - chin * CIRCLE.imag.clip(0) ** 2), face.height)
 
 
-def _draw_head(face):
-    """Draw all that lies behind the features: hair, shoulders, neck, ears, skin, beard."""
+def _render_head(face):
+    """Render all that lies behind the features: hair, shoulders, neck, ears, skin, beard."""
     if face.long:
         locks = _oval(0, face.width + 0.1 + 0.7 * face.volume, face.height, (CIRCLE + BOX) / 2)
-        locks.imag[:21] *= face.roll(0.6, 1.8)
+        locks.imag[:21] *= face.draw(0.6, 1.8)
         face.fill(locks * face.curl, _mix(face.hair, DARK, 0.18))
     face.fill(_oval(1.32j, 0.95, 0.45), _mix(face.tint(CLOTHES), DARK, 0.3))
     face.fill(_oval(0.75j, 0.31, 0.4, BOX), face.shade)
@@ -119,15 +129,15 @@ def _draw_head(face):
     for cheek in (0.27j - 0.33, 0.27j + 0.33) if face.has["Rosy_Cheeks"] else ():
         face.soft(_oval(cheek + face.side, 0.2, 0.16), cheek + face.side, BLUSH, 0.55)
     if not face.has["No_Beard"]:
-        edge = 0.97 * face.width * ACROSS + 1j * (0.06 + face.roll(0.3, 0.42) * (1 - BOW**3))
+        edge = 0.97 * face.width * ACROSS + 1j * (0.06 + face.draw(0.3, 0.42) * (1 - BOW**3))
         face.fill(np.append(face.head[:21], edge), _mix(face.hair, DARK, 0.35))
 
 
-def _draw_eyes(face):
-    face.eyes = complex(face.roll(0.235, 0.275), face.roll(-0.07, 0))
-    width, height, slant = face.roll(0.125, 0.155), face.roll(0.085, 0.115), face.roll(-0.12, 0.12)
-    gaze, iris, frown = face.roll(-0.03, 0.03), face.tint(IRISES), face.roll(-0.12, 0.16)
-    lash, brow = (1.2, face.roll(0.06, 0.085)) if face.male else (1.5, face.roll(0.045, 0.06))
+def _render_eyes(face):
+    face.eyes = complex(face.draw(0.235, 0.275), face.draw(-0.07, 0))
+    width, height, slant = face.draw(0.125, 0.155), face.draw(0.085, 0.115), face.draw(-0.12, 0.12)
+    gaze, iris, frown = face.draw(-0.03, 0.03), face.tint(IRISES), face.draw(-0.12, 0.16)
+    lash, brow = (1.2, face.draw(0.06, 0.085)) if face.male else (1.5, face.draw(0.045, 0.06))
     for sign in (-1, 1):
         eye = sign * face.eyes.real + face.side + 1j * face.eyes.imag
         half, tilt = width * (1 - 1.3 * sign * face.side), -slant * sign
@@ -140,17 +150,17 @@ def _draw_eyes(face):
         face.fill(_lens(eye, 1.3 * half, brow, 0, -0.04, sign * frown), _mix(face.hair, DARK, 0.5))
 
 
-def _draw_nose_and_mouth(face):
-    nose, width = 1.5 * face.side + 1j * face.roll(0.2, 0.27), face.roll(0.07, 0.12)
+def _render_nose_and_mouth(face):
+    nose, width = 1.5 * face.side + 1j * face.draw(0.2, 0.27), face.draw(0.07, 0.12)
     away = np.copysign(0.4 * width, -face.light.real)  # the side in the shade
     face.fill(_oval(nose + away - 1j * width, 0.35 * width, 1.3 * width), face.shade, 0.45)
     face.fill(_lens(nose, 1.15 * width, 0.02, 0.6 * width), face.shade, 0.8)
     smiling, painted = face.has["Smiling"], face.has["Wearing_Lipstick"]
-    lift, half = (face.roll(0.13, 0.17), 0.28) if smiling else (face.roll(-0.07, 0), 0.23)
-    mouth = 1.15 * face.side + 1j * (face.roll(0.45, 0.5) + 0.4 * max(lift, 0))
-    half, lip = half * face.roll(0.85, 1.05), face.roll(0.03, 0.045) + 0.02 * painted
+    lift, half = (face.draw(0.13, 0.17), 0.28) if smiling else (face.draw(-0.07, 0), 0.23)
+    mouth = 1.15 * face.side + 1j * (face.draw(0.45, 0.5) + 0.4 * max(lift, 0))
+    half, lip = half * face.draw(0.85, 1.05), face.draw(0.03, 0.045) + 0.02 * painted
     colour = face.tint(LIPSTICKS) if painted else _mix(face.skin, (150, 40, 48), 0.5)
-    gap = face.roll(0.055, 0.085) if face.has["Mouth_Slightly_Open"] else 0.02
+    gap = face.draw(0.055, 0.085) if face.has["Mouth_Slightly_Open"] else 0.02
     up, down = gap * (0.1 if smiling else 0.9), gap * 1.4
     face.fill(_lens(mouth, half, lip + up, lip + down, lift), colour)
     face.fill(_lens(mouth, 0.9 * half, up, down, 0.9 * lift), (58, 12, 18))
@@ -160,34 +170,34 @@ def _draw_nose_and_mouth(face):
         face.fill(_lens(mouth.real + 0.4j, 0.27, 0.07, 0.02, -0.07), _mix(face.hair, DARK, 0.45))
 
 
-def _draw_hair(face):
-    """Draw the hair in front: a cap down to the hairline, bangs and a shine."""
+def _render_hair(face):
+    """Render the hair in front: a cap down to the hairline, bangs and a shine."""
     if face.has["Bald"]:
         return face.soft(_oval(-0.5j + 0.3 * face.light.real, 0.2, 0.1), -0.5j, WHITE, 0.4)
     rx, ry = face.width + 0.05 + 0.6 * face.volume, face.height + 0.06 + face.volume
     cap = np.roll(_oval(0.02j, rx, ry) * face.curl, 21)[:23]  # a little more than the upper half
-    line, parting, bend = face.roll(0.42, 0.52), face.roll(-0.35, 0.35), 1 - BOW
+    line, parting, bend = face.draw(0.42, 0.52), face.draw(-0.35, 0.35), 1 - BOW
     fall = abs(ACROSS - parting * bend) ** 4 * (line + 0.1)
     hairline = 0.94 * face.width * ACROSS + 0.6 * face.side * bend + 1j * (fall - line)
     face.fill(np.append(hairline, (hairline + 0.07j * ARCH)[::-1]), face.shade, 0.5)
     face.fill(np.append(cap, hairline[::-1]), face.hair)
     if face.has["Bangs"]:
-        edge = 0.04 * BOW + face.roll(-0.05, 0.05) * ACROSS - face.roll(0.25, 0.3)
+        edge = 0.04 * BOW + face.draw(-0.05, 0.05) * ACROSS - face.draw(0.25, 0.3)
         top = hairline.real - 1j * (0.35 + 0.25 * ARCH)
         face.fill(np.append(hairline.real + 1j * edge, top[::-1]), face.hair)
     shine = 0.15 * face.light.real - 1j * (face.height - 0.04)
     face.soft(_lens(shine, 0.34, 0.1, 0.03, -0.1), shine, _mix(face.hair, WHITE, 0.6), 0.35)
 
 
-def _draw_hat_and_glasses(face):
+def _render_hat_and_glasses(face):
     if face.has["Wearing_Hat"]:
-        crown = _oval(-0.5j, face.width + 0.1, face.roll(0.4, 0.55), (CIRCLE + BOX) / 2)
+        crown = _oval(-0.5j, face.width + 0.1, face.draw(0.4, 0.55), (CIRCLE + BOX) / 2)
         hat, crown.imag = face.tint(CLOTHES), np.minimum(crown.imag, -0.4)
         face.fill(crown, hat)
         face.fill(_lens(-0.52j, face.width + 0.14, 0.16, 0.02, -0.1), _mix(hat, DARK, 0.45))
     if face.has["Eyeglasses"]:
-        rim, height = face.roll(0.2, 0.235), face.roll(0.155, 0.2)
-        loop = np.append(CIRCLE, 1) + face.roll() * np.append(BOX - CIRCLE, 0)
+        rim, height = face.draw(0.2, 0.235), face.draw(0.155, 0.2)
+        loop = np.append(CIRCLE, 1) + face.draw() * np.append(BOX - CIRCLE, 0)
         middle, frame = face.side + 1j * face.eyes.imag, _mix(face.tint(CLOTHES), DARK, 0.8)
         for sign in (-1, 1):
             glass = middle + 0.02j + sign * max(face.eyes.real, rim + 0.03)
@@ -198,23 +208,33 @@ def _draw_hat_and_glasses(face):
         face.fill(_lens(middle, 0.1, 0.06, 0, -0.02), frame)
 
 
-def draw_face(index: int, img_size: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Draw face `index` of the endless row of faces of `seed`; another img_size is the same person.
+def face_attributes(index: int, seed: int = 0) -> np.ndarray:
+    """Return what face `index` of `seed` shows, in the order of ATTRIBUTES: (15,) int8 of 1 (has
+    it) or -1 (has it not)."""
+    return _Face(index, seed).attributes
 
-    img_size: 8 or more. Returns the picture, (img_size, img_size, 3) uint8 RGB, and what it shows,
-    in the order of ATTRIBUTES, (15,) int8 of 1 (has it) or -1 (has it not)."""
+
+def render_face(index: int, img_size: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Render face `index` of the endless row of faces of `seed`; another img_size shows the same
+    person.
+
+    img_size: 8 or more. Returns the image, (img_size, img_size, 3) uint8 RGB, and its
+    `face_attributes`."""
     assert index >= 0, f"index must be 0 or more, got {index}"
     assert img_size >= 8, f"img_size must be 8 or more, got {img_size}"
-    # Draw several times too large; the reduction at the end smooths the edges.
+    # Render several times too large; the reduction at the end smooths the edges.
     factor = 4 if img_size < 64 else 3
-    face = _Face(np.random.default_rng([seed, index]), img_size * factor)
-    _roll_person(face)
-    for draw in (_draw_head, _draw_eyes, _draw_nose_and_mouth, _draw_hair, _draw_hat_and_glasses):
-        draw(face)
+    face = _Face(index, seed)
+    face.start(img_size * factor)
+    _render_head(face)
+    _render_eyes(face)
+    _render_nose_and_mouth(face)
+    _render_hair(face)
+    _render_hat_and_glasses(face)
 
     # Light falls from one side and fades towards the corners.
     x = ((2 * np.arange(img_size, dtype=np.float32) + 1) / img_size - 1)[:, None]
     y = x[:, None]
     light = 1.04 + 0.1 * (face.light.real * x + face.light.imag * y) - 0.07 * (x * x + y * y)
     pixels = (np.asarray(face.canvas.reduce(factor)) * light + 0.5).clip(0, 255).astype(np.uint8)
-    return pixels, np.array([1 if face.has[name] else -1 for name in ATTRIBUTES], np.int8)
+    return pixels, face.attributes

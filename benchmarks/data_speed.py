@@ -32,6 +32,7 @@ from torchvision.datasets import ImageFolder
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import celeba
 import cli
 from benchmarks.common import (
     Worker,
@@ -43,9 +44,11 @@ from benchmarks.common import (
     seconds_of,
 )
 from benchmarks.peers import Ours, check_positive
-from dataset import PREPARED, Batches, Faces, load_faces
+from dataset import Batches, Faces, load_faces
+from decoding import face_box
 from log import table
-from sources import decode_all, face_box, find_source
+from prepared import PREPARED
+from sources import Files, find_source, open_files
 from train import DEMO, Config
 
 WORKERS = (0, 2)  # processes of the DataLoader
@@ -68,13 +71,14 @@ class DataSpeed:
 def write_pictures(config: DataSpeed, root: Path) -> Path:
     """Write the pictures into a folder `faces` of another one, as ImageFolder wants them; returns
     the other one, which has CelebA's name where they are CelebA's, so that they are cropped so."""
-    source = find_source(Path(config.path_to_data)) if config.path_to_data else None
-    root = root / ("img_align_celeba" if source and source.aligned else "pictures")
+    files = open_files(Path(config.path_to_data)) if config.path_to_data else None
+    root = root / ("img_align_celeba" if files and is_aligned(files) else "pictures")
     (root / "faces").mkdir(parents=True)
-    if source:
-        for i, name in enumerate(source.pictures[: config.num_pictures]):
+    if files:
+        names = [name for name in files.names if not celeba.is_list(name)]
+        for i, name in enumerate(names[: config.num_pictures]):
             suffix = Path(name).suffix.lower()
-            (root / "faces" / f"{i:06d}{suffix}").write_bytes(source.read(name))
+            (root / "faces" / f"{i:06d}{suffix}").write_bytes(files.read(name))
         return root
     random = np.random.default_rng(0)
     for i in range(config.num_pictures):
@@ -82,6 +86,11 @@ def write_pictures(config: DataSpeed, root: Path) -> Path:
         picture = colours.resize((178, 218), Image.Resampling.BICUBIC)
         picture.save(root / "faces" / f"{i:06d}.jpg", quality=90)
     return root
+
+
+def is_aligned(files: Files) -> bool:
+    """Whether these are CelebA's images."""
+    return celeba.find_lists(*files[:3])[2]
 
 
 class Square:
@@ -97,7 +106,7 @@ class Square:
 def image_folder(root: Path, img_size: int, mirror: bool) -> ImageFolder:
     """torchvision's dataset of the pictures: what a loader would be given."""
     steps = [
-        Square(find_source(root).aligned),
+        Square(is_aligned(open_files(root))),
         transforms.Resize(img_size, transforms.InterpolationMode.BICUBIC),
         transforms.RandomHorizontalFlip(0.5 if mirror else 0.0),
         transforms.ToTensor(),
@@ -130,7 +139,7 @@ def make_calls(
     config: DataSpeed, root: Path, device: torch.device
 ) -> tuple[dict[str, Callable], dict[str, int]]:
     """For each row a call that returns its seconds, and how many pictures go into it."""
-    count = len(find_source(root).pictures)
+    count = find_source(root).count
     faces = prepare_anew(root, config.img_size)
     theirs = image_folder(root, config.img_size, mirror=False)
     compared = check_same_pictures(faces.images, theirs)
@@ -139,7 +148,7 @@ def make_calls(
     turns = max(100, batches.per_epoch)
 
     def decode() -> None:
-        for _ in decode_all(find_source(root), config.img_size):
+        for _ in find_source(root).images(config.img_size):
             pass
 
     def take_batches() -> None:

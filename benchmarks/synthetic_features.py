@@ -20,9 +20,9 @@ from tqdm import trange
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import synthetic
-from dataset import PREPARED
 from images import to_x_0
 from log import say
+from prepared import PREPARED
 from utils import load_checkpoint, save_checkpoint
 
 IMG_SIZE = 32  # pixels of a side
@@ -34,7 +34,7 @@ EPOCHS = 4
 def draw(first: int, count: int) -> tuple[Tensor, Tensor]:
     """Generated faces (count, 3, S, S) in [-1, 1], and what they have, (count, all) of 1 and 0."""
     drawn = trange(first, first + count, desc="drawing faces", disable=None)
-    faces = [synthetic.draw_face(i, IMG_SIZE) for i in drawn]
+    faces = [synthetic.render_face(i, IMG_SIZE) for i in drawn]
     pixels = torch.stack([torch.from_numpy(pixels) for pixels, _ in faces])
     has = torch.stack([torch.from_numpy(values) for _, values in faces])
     return to_x_0(pixels), (has > 0).float()

@@ -7,6 +7,7 @@ from conftest import TINY, assert_error, flags, run_script, tensors_equal, tiny
 from PIL import Image
 
 import dataset
+import sources
 from dataset import drop_attributes, load_faces
 from errors import UsageError
 from generate import load_trained, sheet_rows
@@ -25,7 +26,7 @@ def conditional(**changes) -> Config:
 @pytest.fixture(autouse=True)
 def few_faces(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(dataset, "NUM_SYNTHETIC", 60)
+    monkeypatch.setattr(sources, "NUM_SYNTHETIC", 60)
 
 
 @pytest.fixture

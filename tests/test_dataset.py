@@ -1,6 +1,6 @@
 """What dataset.py and sources.py promise: which faces, which pixels, which order.
 
-The archives are built here in the layouts they are passed on in, of made pictures; where the real
+The archives are built here in the layouts they are passed on in, of made images; where the real
 CelebA of `shared/data` is there, the same facts are checked on it too."""
 
 import csv
@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
-import dataset
+import decoding
 import sources
 import synthetic
 from dataset import Batches, Faces, load_faces, parse_attributes
+from decoding import crop_face, decode_face, face_box
 from errors import DataError, UsageError
 from images import to_x_0
-from sources import crop_face, decode_face, face_box
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "celeba"
 NAMES = ("Eyeglasses", "Male", "Smiling", "Young")
@@ -34,15 +34,15 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
 
 
 def jpeg(number, size=(89, 109)):
-    """A face-like picture that differs from every other: bytes of a JPEG."""
+    """A face-like image that differs from every other: bytes of a JPEG."""
     rng = np.random.default_rng(number)
-    picture = Image.fromarray(rng.integers(0, 256, (7, 6, 3), np.uint8)).resize(size)
+    image = Image.fromarray(rng.integers(0, 256, (7, 6, 3), np.uint8)).resize(size)
     file = io.BytesIO()
-    picture.save(file, "JPEG", quality=95)
+    image.save(file, "JPEG", quality=95)
     return file.getvalue()
 
 
-def made_labels(count):
+def made_attributes(count):
     """(count, 4) of 1 and -1: the binary digits of the number of the face."""
     return 2 * (np.arange(1, count + 1)[:, None] >> np.arange(4) & 1) - 1
 
@@ -54,40 +54,44 @@ def made_partition(count):
 def list_texts(count, kaggle):
     """The two lists of CelebA, as the authors or as Kaggle write them: {name: text}."""
     names = [f"{n:06d}.jpg" for n in range(1, count + 1)]
-    labels, partition = made_labels(count), made_partition(count)
+    attributes, partition = made_attributes(count), made_partition(count)
     if kaggle:
-        rows = [",".join([name, *map(str, row)]) for name, row in zip(names, labels, strict=True)]
-        attributes = "\r\n".join([",".join(["image_id", *NAMES]), *rows])
+        rows = [
+            ",".join([name, *map(str, row)]) for name, row in zip(names, attributes, strict=True)
+        ]
+        table = "\r\n".join([",".join(["image_id", *NAMES]), *rows])
         rows = [f"{name},{part}" for name, part in zip(names, partition, strict=True)]
         split = "\n".join(["image_id,partition", *rows])
-        return {"list_attr_celeba.csv": attributes, "list_eval_partition.csv": split}
-    rows = [name + "".join(f"{v:>3}" for v in row) for name, row in zip(names, labels, strict=True)]
-    attributes = "\n".join([str(count), " ".join(NAMES) + " ", *rows]) + "\n"
+        return {"list_attr_celeba.csv": table, "list_eval_partition.csv": split}
+    rows = [
+        name + "".join(f"{v:>3}" for v in row) for name, row in zip(names, attributes, strict=True)
+    ]
+    table = "\n".join([str(count), " ".join(NAMES) + " ", *rows]) + "\n"
     split = "".join(f"{name} {part}\n" for name, part in zip(names, partition, strict=True))
-    return {"list_attr_celeba.txt": attributes, "list_eval_partition.txt": split}
+    return {"list_attr_celeba.txt": table, "list_eval_partition.txt": split}
 
 
 def make_celeba(root, layout="zip", count=24, size=(89, 109)):
     """Write a small CelebA in one of its layouts; return the path a user would give."""
-    pictures = {f"img_align_celeba/{n:06d}.jpg": jpeg(n, size) for n in range(1, count + 1)}
+    images = {f"img_align_celeba/{n:06d}.jpg": jpeg(n, size) for n in range(1, count + 1)}
     lists = list_texts(count, kaggle=layout.startswith("kaggle"))
     home = root / "celeba" if layout == "torchvision" else root
     home.mkdir(parents=True, exist_ok=True)
     if layout.startswith("kaggle"):
-        pictures = {f"img_align_celeba/{name}": data for name, data in pictures.items()}
+        images = {f"img_align_celeba/{name}": data for name, data in images.items()}
     if layout in ("kaggle archive", "one archive"):
-        pictures |= {name: text.encode() for name, text in lists.items()}
+        images |= {name: text.encode() for name, text in lists.items()}
     else:
         for name, text in lists.items():
             (home / name).write_text(text, newline="")
     if layout in ("folder", "kaggle folder"):
-        for name, data in pictures.items():
+        for name, data in images.items():
             (home / name).parent.mkdir(parents=True, exist_ok=True)
             (home / name).write_bytes(data)
     else:
         name = "archive.zip" if layout == "kaggle archive" else "img_align_celeba.zip"
         with zipfile.ZipFile(home / name, "w") as archive:
-            for member, data in pictures.items():
+            for member, data in images.items():
                 archive.writestr(member, data)
     return home / "img_align_celeba.zip" if layout == "one archive" else root
 
@@ -104,9 +108,9 @@ def made_faces(count, columns=0, size=8):
     images = np.zeros((count, size, size, 3), np.uint8)
     images[...] = np.arange(size)[:, None] * 255 // (size - 1)
     images[:, 0, :, :] = np.arange(count)[:, None, None]
-    labels = np.where(np.arange(count)[:, None] >> np.arange(columns) & 1, 1.0, -1.0)
+    attributes = np.where(np.arange(count)[:, None] >> np.arange(columns) & 1, 1.0, -1.0)
     everything = np.arange(count)
-    return Faces(images, labels.astype(np.float32), everything, everything[:0], "made", "made")
+    return Faces(images, attributes.astype(np.float32), everything, everything[:0], "made", "made")
 
 
 def numbers(x_0):
@@ -118,21 +122,21 @@ def numbers(x_0):
 
 
 def real_and_made(size):
-    pictures = [jpeg(1, size), jpeg(2, size)]
+    images = [jpeg(1, size), jpeg(2, size)]
     if REAL.is_dir():  # half size
         with zipfile.ZipFile(REAL / "img_align_celeba.zip") as archive:
-            pictures += [archive.read(name) for name in archive.namelist()[:20]]
-    return pictures
+            images += [archive.read(name) for name in archive.namelist()[:20]]
+    return images
 
 
 def test_half_size_celeba_is_cropped_to_rows_28_to_92_and_columns_12_to_76_untouched():
     for data in real_and_made((89, 109)):
-        picture = Image.open(io.BytesIO(data))
-        expected = np.asarray(picture)[28:92, 12:76]
-        np.testing.assert_array_equal(crop_face(picture, 64, aligned=True), expected)
+        image = Image.open(io.BytesIO(data))
+        expected = np.asarray(image)[28:92, 12:76]
+        np.testing.assert_array_equal(crop_face(image, 64, aligned=True), expected)
 
 
-def test_celeba_crop_is_128_around_x_89_y_121_and_scales_with_the_picture():
+def test_celeba_crop_is_128_around_x_89_y_121_and_scales_with_the_image():
     assert face_box(178, 218, aligned=True) == (89 - 64, 121 - 64, 89 + 64, 121 + 64)
     assert face_box(89, 109, aligned=True) == (12, 28, 76, 92)
     assert face_box(2 * 178, 2 * 218, aligned=True) == (50, 114, 306, 370)
@@ -141,44 +145,44 @@ def test_celeba_crop_is_128_around_x_89_y_121_and_scales_with_the_picture():
 @pytest.mark.parametrize("img_size", [16, 32, 192])
 def test_resizing_is_the_antialiased_bicubic_of_torch_but_for_rounding(img_size):
     for data in real_and_made((178, 218)):
-        picture = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data))
         rows, columns = (slice(57, 185), slice(25, 153))
-        if picture.size == (89, 109):
+        if image.size == (89, 109):
             rows, columns = (slice(28, 92), slice(12, 76))
-        pixels = torch.tensor(np.asarray(picture)[rows, columns]).permute(2, 0, 1)[None].float()
+        pixels = torch.tensor(np.asarray(image)[rows, columns]).permute(2, 0, 1)[None].float()
         expected = F.interpolate(pixels, (img_size, img_size), mode="bicubic", antialias=True)
         expected = expected[0].permute(1, 2, 0).clamp(0, 255).numpy()
         # Rounding costs 0.25 on average, and a little more where Pillow clips between its passes.
-        assert abs(crop_face(picture, img_size, aligned=True) - expected).mean() < 0.36
+        assert abs(crop_face(image, img_size, aligned=True) - expected).mean() < 0.36
 
 
 @pytest.mark.parametrize("width, height", [(178, 218), (300, 201), (201, 300), (64, 64), (1, 9)])
-def test_other_pictures_are_cropped_to_the_largest_centred_square(width, height):
+def test_other_images_are_cropped_to_the_largest_centred_square(width, height):
     left, top, right, bottom = face_box(width, height, aligned=False)
     assert right - left == bottom - top == min(width, height)
     assert 0 <= left and 0 <= top and right <= width and bottom <= height
     assert abs(left - (width - right)) <= 1 and abs(top - (height - bottom)) <= 1
 
 
-def test_aligned_source_with_an_odd_picture_takes_its_centred_square():
+def test_aligned_source_with_an_odd_image_takes_its_centred_square():
     assert face_box(200, 100, aligned=True) == (50, 0, 150, 100)
 
 
 def test_nothing_outside_the_crop_reaches_the_pixels():
-    picture = Image.new("RGB", (178, 218), "red")
-    picture.paste("blue", face_box(178, 218, aligned=True))
+    image = Image.new("RGB", (178, 218), "red")
+    image.paste("blue", face_box(178, 218, aligned=True))
     for size in (32, 64, 128, 192):
-        face = crop_face(picture, size, aligned=True)
+        face = crop_face(image, size, aligned=True)
         assert (face == (0, 0, 255)).all()
 
 
 @pytest.mark.parametrize("size", [(300, 200), (200, 300), (640, 480), (50, 40)])
-def test_a_drawn_circle_stays_round(size):
-    picture = Image.new("L", size)
+def test_a_circle_stays_round(size):
+    image = Image.new("L", size)
     centre, radius = np.array(size) / 2, 0.3 * min(size)
-    ImageDraw.Draw(picture).ellipse([*(centre - radius), *(centre + radius)], fill=255)
+    ImageDraw.Draw(image).ellipse([*(centre - radius), *(centre + radius)], fill=255)
     for img_size in (32, 64):
-        inside = crop_face(picture, img_size)[..., 0] > 127
+        inside = crop_face(image, img_size)[..., 0] > 127
         width, height = inside.any(0).sum(), inside.any(1).sum()
         assert abs(width - height) <= 1 and abs(width - 0.6 * img_size) <= 2
 
@@ -198,7 +202,7 @@ def test_every_layout_of_celeba_gives_the_same_faces_attributes_and_partition(la
     faces = load_faces(make_celeba(tmp_path / "data", layout), 64, attributes=NAMES)
     expected = [np.asarray(Image.open(io.BytesIO(jpeg(n))))[28:92, 12:76] for n in range(1, 25)]
     np.testing.assert_array_equal(faces.images, expected)
-    np.testing.assert_array_equal(faces.attributes, made_labels(24))
+    np.testing.assert_array_equal(faces.attributes, made_attributes(24))
     assert faces.train.tolist() == list(range(8)) and faces.held_out.tolist() == list(range(8, 24))
     assert faces.images.dtype == np.uint8 and faces.attributes.dtype == np.float32
     assert faces.train.dtype == faces.held_out.dtype == np.int64
@@ -243,21 +247,20 @@ def test_description_says_how_many_of_what_size_from_where(tmp_path):
     assert faces.description == f"8 faces (16 held out), 64x64, from {where}"
 
 
-def test_any_folder_of_pictures_is_read_sorted_with_its_subfolders_and_without_hidden_files():
+def test_any_folder_of_images_is_read_sorted_with_its_subfolders_and_without_hidden_files():
     make_folder(Path("mine"), 3)
     make_folder(Path("mine/below/more"), 2)
     for odd in ("mine/.hidden.jpg", "mine/__MACOSX/001.jpg", "mine/.git/x.png", "mine/notes.txt"):
         Path(odd).parent.mkdir(exist_ok=True)
-        Path(odd).write_text("no picture")
+        Path(odd).write_text("no image")
     Path("mine/002.jpg").rename("mine/002.JPEG")
-    source = sources.find_source(Path("mine"))
-    assert source.pictures == [
+    assert sources.open_files(Path("mine")).names == [
         "000.jpg", "001.jpg", "002.JPEG", "below/more/000.jpg", "below/more/001.jpg"
     ]  # fmt: skip
     assert load_faces("mine", 16).images.shape == (5, 16, 16, 3)
 
 
-def test_a_zip_of_pictures_equals_the_folder_it_was_made_of():
+def test_a_zip_of_images_equals_the_folder_it_was_made_of():
     make_folder(Path("mine"), 5, size=(50, 60))
     with zipfile.ZipFile("mine.zip", "w") as archive:
         for path in sorted(Path("mine").iterdir()):
@@ -265,7 +268,7 @@ def test_a_zip_of_pictures_equals_the_folder_it_was_made_of():
     np.testing.assert_array_equal(load_faces("mine.zip", 16).images, load_faces("mine", 16).images)
 
 
-def test_without_a_list_every_20th_picture_is_held_out_and_never_trained_on():
+def test_without_a_list_every_20th_image_is_held_out_and_never_trained_on():
     faces = load_faces(make_folder(Path("mine"), 45), 8)
     assert faces.held_out.tolist() == [19, 39]
     assert sorted([*faces.train, *faces.held_out]) == list(range(45))
@@ -282,12 +285,12 @@ def test_celeba_without_a_partition_holds_out_every_20th(tmp_path):
     assert load_faces(root, 64).held_out.tolist() == [19]
 
 
-def test_drawn_faces_are_those_of_drawn_faces(monkeypatch):
-    monkeypatch.setattr(dataset, "NUM_SYNTHETIC", 70)
+def test_the_synthetic_source_holds_the_faces_of_synthetic_py(monkeypatch):
+    monkeypatch.setattr(sources, "NUM_SYNTHETIC", 70)
     names = synthetic.ATTRIBUTES
-    for _ in range(2):  # drawn, then mapped
+    for _ in range(2):  # rendered, then mapped
         faces = load_faces("synthetic", 16, attributes=names)
-        pixels, has = zip(*(synthetic.draw_face(i, 16) for i in range(70)), strict=True)
+        pixels, has = zip(*(synthetic.render_face(i, 16) for i in range(70)), strict=True)
         np.testing.assert_array_equal(faces.images, pixels)
         np.testing.assert_array_equal(faces.attributes, has)
     kept = load_faces("synthetic", 16, only=[names[0]])
@@ -347,7 +350,7 @@ def test_plain_jpeg_has_the_pixels_that_pillow_decodes(img_size, options):
     small.resize((89, 109), Image.Resampling.BICUBIC).save(file, "JPEG", **options)
     for aligned in (True, False):
         expected = crop_face(Image.open(file), img_size, aligned)
-        assert sources._plain_jpeg(file.getvalue()) is not None
+        assert decoding._plain_jpeg(file.getvalue()) is not None
         found = decode_face(file.getvalue(), img_size, aligned)
         np.testing.assert_array_equal(found, expected)
 
@@ -355,14 +358,14 @@ def test_plain_jpeg_has_the_pixels_that_pillow_decodes(img_size, options):
 @pytest.mark.parametrize("mode,extra", [("L", {}), ("CMYK", {}), ("RGB", {"orientation": 6})])
 def test_other_jpegs_are_left_to_pillow(mode, extra, monkeypatch):
     random = np.random.default_rng(0)
-    picture = Image.fromarray(random.integers(0, 256, (20, 30, 3), dtype=np.uint8)).convert(mode)
+    image = Image.fromarray(random.integers(0, 256, (20, 30, 3), dtype=np.uint8)).convert(mode)
     exif = Image.Exif()
     if extra:
         exif[0x0112] = extra["orientation"]
     file = io.BytesIO()
-    picture.save(file, "JPEG", **({"exif": exif} if extra else {}))
+    image.save(file, "JPEG", **({"exif": exif} if extra else {}))
     fail = lambda *_: pytest.fail("not by Pillow")  # noqa: E731
-    monkeypatch.setattr(sources.simplejpeg, "decode_jpeg", fail)
+    monkeypatch.setattr(decoding.simplejpeg, "decode_jpeg", fail)
     expected = crop_face(Image.open(file), 8)
     np.testing.assert_array_equal(decode_face(file.getvalue(), 8), expected)
 
@@ -373,14 +376,14 @@ def test_other_jpegs_are_left_to_pillow(mode, extra, monkeypatch):
 def test_a_second_start_decodes_nothing(tmp_path, monkeypatch):
     root = make_celeba(tmp_path / "data")
     first = np.array(load_faces(root, 64).images)
-    monkeypatch.setattr(sources, "decode_face", None)
+    monkeypatch.setattr(decoding, "decode_face", None)
     second = load_faces(root, 64).images
     assert isinstance(second, np.memmap)
     np.testing.assert_array_equal(second, first)
 
 
 @pytest.mark.parametrize("layout", ["folder", "zip"])
-def test_a_changed_picture_makes_a_new_array(layout, tmp_path):
+def test_a_changed_image_makes_a_new_array(layout, tmp_path):
     before = load_faces(make_celeba(tmp_path / "data", layout), 64)
     assert load_faces(tmp_path / "data", 64).key == before.key
     if layout == "folder":

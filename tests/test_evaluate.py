@@ -10,8 +10,8 @@ import torch
 from conftest import ROOT, TINY, assert_error, flags, run_script, write_pictures
 from PIL import Image
 
-import dataset
 import evaluate as evaluate_module
+import sources
 from dataset import load_faces
 from errors import DataError, UserError
 from evaluate import EvaluateConfig, evaluate, measure_pictures, split_real
@@ -174,7 +174,7 @@ def test_planted_training_faces_are_called_copies(run):
 
 
 def test_conditional_network_is_asked_for_what_training_faces_have(here, monkeypatch):
-    monkeypatch.setattr(dataset, "NUM_SYNTHETIC", 60)
+    monkeypatch.setattr(sources, "NUM_SYNTHETIC", 60)
     names = ("Smiling", "Eyeglasses")
     train(Config(**{**TINY, "path_to_data": "synthetic", "attributes": names}))
     asked, real = [], evaluate_module.generate

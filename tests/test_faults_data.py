@@ -1,7 +1,5 @@
-"""What can go wrong with the data, by the rows of the table of faults (40, 42-55).
-
-Row 40, a decoding process that dies, cannot happen: threads decode, and no process is started.
-Every error is one line that names the file or the flag and the way out."""
+"""What can go wrong with the data: every error is one line that names the file or the flag and the
+way out."""
 
 import errno
 import hashlib
@@ -11,9 +9,11 @@ import shutil
 import signal
 import sys
 import threading
+import time
 import types
 import warnings
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +22,13 @@ import torchvision
 from PIL import Image
 from test_dataset import jpeg, make_celeba, make_folder
 
+import celeba
 import dataset
-import sources
+import decoding
+import prepared
 from dataset import Batches, load_faces
+from decoding import crop_face
 from errors import DataError, ResourceError
-from sources import crop_face
 
 HTML = b"<!DOCTYPE html><html><title>Google Drive - Quota exceeded</title></html>"
 
@@ -68,31 +70,31 @@ def killed(*_args, **_kwargs):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-# ---- 40: decoding ----
+# ---- Decoding ----
 
 
-def test_row_40_no_process_is_started_to_decode(monkeypatch):
+def test_no_process_is_started_to_decode(monkeypatch):
     for name in ("fork", "posix_spawn"):
         monkeypatch.setattr(os, name, lambda *_: pytest.fail("a process was started"))
     monkeypatch.setattr("_posixsubprocess.fork_exec", lambda *_: pytest.fail("a process"))
     assert len(load_faces(make_folder(Path("mine"), 200), 8).images) == 200
 
 
-def test_row_40_an_error_in_a_decoding_thread_ends_the_call_and_all_threads(monkeypatch):
+def test_an_error_in_a_decoding_thread_ends_the_call_and_all_threads(monkeypatch):
     def fail(*_):
-        raise MemoryError("no memory for this picture")
+        raise MemoryError("no memory for this image")
 
     before = threading.active_count()
-    monkeypatch.setattr(sources, "decode_face", fail)
-    assert "no memory for this picture" in refused(make_folder(Path("mine"), 1000, (8, 8)))
+    monkeypatch.setattr(decoding, "decode_face", fail)
+    assert "no memory for this image" in refused(make_folder(Path("mine"), 1000, (8, 8)))
     assert threading.active_count() == before
 
 
-# ---- 42, 43: damaged pictures ----
+# ---- Damaged images ----
 
 
 @pytest.mark.parametrize("share", [0.999, 0.5, 0.1])
-def test_row_42_truncated_jpeg_names_the_file(share):
+def test_truncated_jpeg_names_the_file(share):
     data = jpeg(1)
     make_folder(Path("mine"), 5)
     Path("mine/003.jpg").write_bytes(data[: int(share * len(data)) - 1])
@@ -100,69 +102,69 @@ def test_row_42_truncated_jpeg_names_the_file(share):
 
 
 @pytest.mark.parametrize("data", [b"", HTML, b"\0" * 5000])
-def test_row_43_an_empty_file_or_a_web_page_as_a_picture_names_the_file(data):
+def test_an_empty_file_or_a_web_page_as_an_image_names_the_file(data):
     make_folder(Path("mine"), 5)
     Path("mine/002.png").write_bytes(data)
     assert "mine/002.png: " in refused("mine")
 
 
-# ---- 44-47: kinds of pictures ----
+# ---- Kinds of images ----
 
 
-def prepared_from(picture, name="one.png", **options):
-    """The pixels of a saved 8x8 picture as load_faces returns them."""
+def prepared_from(image, name="one.png", **options):
+    """The pixels of a saved 8x8 image as load_faces returns them."""
     Path("mine").mkdir(exist_ok=True)
-    picture.save(f"mine/{name}", **options)
+    image.save(f"mine/{name}", **options)
     return load_faces("mine", 8).images[0]
 
 
 def colours(mode):
-    """A 8x8 picture of that mode and, by arithmetic of our own, its RGB on white."""
+    """A 8x8 image of that mode and, by arithmetic of our own, its RGB on white."""
     values = np.random.default_rng(0).integers(0, 256, (8, 8, 4), np.uint8)
     values[0, :, 3] = 0  # a row that is transparent
     values[1, :, 3] = 255  # and one that is not
     rgb, alpha = values[..., :3].astype(float), values[..., 3:] / 255
     if mode in ("L", "LA"):
         rgb = np.repeat(rgb[..., :1], 3, axis=-1)
-        picture = Image.fromarray(values[..., 0]).convert(mode)
+        image = Image.fromarray(values[..., 0]).convert(mode)
         if mode == "LA":
-            picture.putalpha(Image.fromarray(values[..., 3]))
+            image.putalpha(Image.fromarray(values[..., 3]))
     elif mode == "1":
-        picture = Image.fromarray(values[..., 0]).convert("1", dither=Image.Dither.NONE)
+        image = Image.fromarray(values[..., 0]).convert("1", dither=Image.Dither.NONE)
         rgb = np.repeat((values[..., :1] >= 128) * 255.0, 3, axis=-1)
     elif mode == "P":
-        picture = Image.fromarray(values[..., 0] % 4, "L").convert("P")
+        image = Image.fromarray(values[..., 0] % 4, "L").convert("P")
         palette = np.array([[255, 0, 9], [0, 255, 0], [8, 0, 255], [7, 77, 177]])
-        picture.putpalette(palette.ravel().tolist())
+        image.putpalette(palette.ravel().tolist())
         rgb = palette[values[..., 0] % 4].astype(float)
     elif mode == "CMYK":
-        picture = Image.frombytes("CMYK", (8, 8), values.tobytes())
+        image = Image.frombytes("CMYK", (8, 8), values.tobytes())
         rgb = (255 - values[..., :3]) * (255 - values[..., 3:].astype(float)) / 255
     else:
-        picture = Image.frombytes("RGBA", (8, 8), values.tobytes())
-    return picture, rgb * alpha + 255 * (1 - alpha) if mode in ("LA", "RGBA") else rgb
+        image = Image.frombytes("RGBA", (8, 8), values.tobytes())
+    return image, rgb * alpha + 255 * (1 - alpha) if mode in ("LA", "RGBA") else rgb
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "P"])
-def test_row_44_grey_and_palette_pictures_become_exactly_their_rgb(mode):
-    picture, expected = colours(mode)
-    np.testing.assert_array_equal(prepared_from(picture), expected)
+def test_grey_and_palette_images_become_exactly_their_rgb(mode):
+    image, expected = colours(mode)
+    np.testing.assert_array_equal(prepared_from(image), expected)
 
 
 @pytest.mark.parametrize("mode, name", [("LA", "a.png"), ("RGBA", "a.png"), ("CMYK", "a.tif")])
-def test_row_44_transparency_is_laid_on_white_and_cmyk_is_inverted(mode, name):
-    picture, expected = colours(mode)
-    np.testing.assert_allclose(prepared_from(picture, name), expected, atol=1)  # of rounding
+def test_transparency_is_laid_on_white_and_cmyk_is_inverted(mode, name):
+    image, expected = colours(mode)
+    np.testing.assert_allclose(prepared_from(image, name), expected, atol=1)  # of rounding
 
 
-def test_row_44_a_palette_with_a_transparent_colour_is_laid_on_white():
-    picture, expected = colours("P")
-    expected[np.asarray(picture) == 2] = 255
-    np.testing.assert_array_equal(prepared_from(picture, transparency=2), expected)
+def test_a_palette_with_a_transparent_colour_is_laid_on_white():
+    image, expected = colours("P")
+    expected[np.asarray(image) == 2] = 255
+    np.testing.assert_array_equal(prepared_from(image, transparency=2), expected)
 
 
 @pytest.mark.parametrize("mode, name", [("I;16", "a.png"), ("I", "a.tif"), ("F", "a.tif")])
-def test_row_45_more_than_8_bits_are_refused_never_clipped(mode, name):
+def test_more_than_8_bits_are_refused_never_clipped(mode, name):
     Path("mine").mkdir()
     deep = np.full((8, 8), 40_000, {"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode])
     Image.fromarray(deep).save(f"mine/{name}")
@@ -172,7 +174,7 @@ def test_row_45_more_than_8_bits_are_refused_never_clipped(mode, name):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_row_46_exif_orientation_is_applied(orientation):
+def test_exif_orientation_is_applied(orientation):
     upright = np.random.default_rng(1).integers(0, 256, (8, 8, 3), np.uint8)
     # How a camera stores it: the EXIF standard's row 0 and column 0, for each orientation.
     stored = {
@@ -192,7 +194,7 @@ def test_row_46_exif_orientation_is_applied(orientation):
 
 
 @pytest.mark.parametrize("limit", [1000, 2000])  # of 2,500 pixels: an error, a warning
-def test_row_47_a_decompression_bomb_is_refused(limit, monkeypatch):
+def test_a_decompression_bomb_is_refused(limit, monkeypatch):
     make_folder(Path("mine"), 2, size=(10, 10))
     (Path("mine") / "bomb.jpg").write_bytes(jpeg(1, size=(50, 50)))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
@@ -200,10 +202,10 @@ def test_row_47_a_decompression_bomb_is_refused(limit, monkeypatch):
     assert "mine/bomb.jpg: " in text and "DecompressionBomb" in text
 
 
-# ---- 48, 49: pictures that are not there ----
+# ---- Images that are not there ----
 
 
-def test_row_48_a_picture_removed_after_the_listing_names_the_file(monkeypatch):
+def test_an_image_removed_after_the_listing_names_the_file(monkeypatch):
     make_folder(Path("mine"), 5)
 
     def listed_then_removed(path):
@@ -217,7 +219,7 @@ def test_row_48_a_picture_removed_after_the_listing_names_the_file(monkeypatch):
 
 
 @pytest.mark.parametrize("layout", ["folder", "kaggle folder", "kaggle archive", "zip"])
-def test_row_49_partial_celeba_says_how_many_of_how_many(layout, tmp_path):
+def test_partial_celeba_says_how_many_of_how_many(layout, tmp_path):
     root = make_celeba(tmp_path / "data", layout)
     if "folder" in layout:
         for path in sorted(root.rglob("*.jpg"))[5:]:
@@ -225,16 +227,16 @@ def test_row_49_partial_celeba_says_how_many_of_how_many(layout, tmp_path):
     else:
         archive = next(root.glob("*.zip"))
         with zipfile.ZipFile(archive) as old, zipfile.ZipFile(root / "new", "w") as new:
-            pictures = sorted(name for name in old.namelist() if name.endswith(".jpg"))
+            images = sorted(name for name in old.namelist() if name.endswith(".jpg"))
             for name in old.namelist():
-                if name not in pictures[5:]:
+                if name not in images[5:]:
                     new.writestr(name, old.read(name))
         (root / "new").replace(archive)
     text = refused(root)
-    assert "list_attr_celeba" in text and "only 5 of the 24 pictures" in text
+    assert "list_attr_celeba" in text and "only 5 of the 24 images" in text
 
 
-def test_row_49_partial_celeba_is_trained_on_once_the_list_is_cut_or_removed(tmp_path):
+def test_partial_celeba_is_trained_on_once_the_list_is_cut_or_removed(tmp_path):
     root = make_celeba(tmp_path / "data", "folder")
     for path in sorted(root.rglob("*.jpg"))[5:]:
         path.unlink()
@@ -245,16 +247,16 @@ def test_row_49_partial_celeba_is_trained_on_once_the_list_is_cut_or_removed(tmp
     assert load_faces(root, 64).images.shape[0] == 5
 
 
-def test_row_49_a_picture_without_a_row_is_named_when_attributes_are_asked_for(tmp_path):
+def test_an_image_without_a_row_is_named_when_attributes_are_asked_for(tmp_path):
     root = make_celeba(tmp_path / "data", "folder")
     (root / "img_align_celeba" / "000099.jpg").write_bytes(jpeg(99))
     (root / "list_eval_partition.txt").unlink()
-    assert "no row for picture '000099'" in refused(root, attributes=["Male"])
+    assert "no row for image '000099'" in refused(root, attributes=["Male"])
     assert load_faces(root, 64).images.shape[0] == 25
 
 
 @pytest.mark.parametrize("damage", ["cut", "word", "other", "empty", "page", "binary"])
-def test_row_49_a_damaged_list_names_the_list(damage, tmp_path):
+def test_a_damaged_list_names_the_list(damage, tmp_path):
     root = make_celeba(tmp_path / "data")
     path = root / "list_attr_celeba.txt"
     text = path.read_text()
@@ -270,23 +272,23 @@ def test_row_49_a_damaged_list_names_the_list(damage, tmp_path):
     assert f"{path}: " in refused(root, attributes=["Male"])
 
 
-# ---- 50: killed while preparing ----
+# ---- Killed while preparing ----
 
-POINTS = ["first picture", "in the middle", "before fsync", "before rename", "after rename"]
+POINTS = ["first image", "in the middle", "before fsync", "before rename", "after rename"]
 
 
 @pytest.mark.parametrize("point", POINTS)
-def test_row_50_killed_while_preparing_a_rerun_completes_and_no_half_array_is_mapped(
+def test_killed_while_preparing_a_rerun_completes_and_no_half_array_is_mapped(
     point, monkeypatch, tmp_path
 ):
     make_folder(Path("mine"), 300, size=(8, 8))
-    monkeypatch.setattr(dataset, "PREPARED", tmp_path / "reference")
+    monkeypatch.setattr(prepared, "PREPARED", tmp_path / "reference")
     expected = np.array(load_faces("mine", 8).images)
-    monkeypatch.setattr(dataset, "PREPARED", tmp_path / "prepared")
-    crop, count, replace = sources.decode_face, iter(range(1000)), os.replace
+    monkeypatch.setattr(prepared, "PREPARED", tmp_path / "prepared")
+    crop, count, replace = decoding.decode_face, iter(range(1000)), os.replace
 
     def crop_until_killed(*arguments):
-        killed() if next(count) == (0 if point == "first picture" else 150) else None
+        killed() if next(count) == (0 if point == "first image" else 150) else None
         return crop(*arguments)
 
     def replace_and_die(*arguments):
@@ -294,8 +296,8 @@ def test_row_50_killed_while_preparing_a_rerun_completes_and_no_half_array_is_ma
         killed()
 
     def prepare():
-        if point in ("first picture", "in the middle"):
-            sources.decode_face = crop_until_killed
+        if point in ("first image", "in the middle"):
+            decoding.decode_face = crop_until_killed
         elif point == "before fsync":
             os.fsync = killed
         else:
@@ -306,37 +308,36 @@ def test_row_50_killed_while_preparing_a_rerun_completes_and_no_half_array_is_ma
     assert len(list(Path("prepared").glob("*.npy"))) == (point == "after rename")
     faces = load_faces("mine", 8)
     np.testing.assert_array_equal(faces.images, expected)
-    assert [path.name for path in Path("prepared").iterdir()] == [f"{faces.key}.npy"]
+    left = [path.name for path in Path("prepared").iterdir() if path.suffix != ".lock"]
+    assert left == [f"{faces.key}.npy"]
 
 
-@pytest.mark.parametrize(
-    "files", [0, 1]
-)  # the attributes of the synthetic faces, then the pictures
-def test_row_50_killed_while_drawing_a_rerun_completes(files, monkeypatch):
-    monkeypatch.setattr(dataset, "NUM_SYNTHETIC", 70)
-    replace, count = os.replace, iter(range(9))
+def test_processes_that_ask_for_the_same_array_at_once_decode_it_once(monkeypatch):
+    make_folder(Path("mine"), 70)
+    decode, calls = decoding.decode_face, []
 
-    def draw():
-        os.replace = lambda *files_: replace(*files_) if next(count) < files else killed()
-        load_faces("synthetic", 8)
+    def slow(*arguments):
+        calls.append(time.sleep(0.01))
+        return decode(*arguments)
 
-    die_in_a_fork(draw)
-    assert len(list(Path("prepared").glob("*.npy"))) == files
-    faces = load_faces("synthetic", 8, attributes=["Male"])
-    assert faces.images.shape == (70, 8, 8, 3) and faces.attributes.shape == (70, 1)
-    assert len(list(Path("prepared").iterdir())) == 2
+    monkeypatch.setattr(decoding, "decode_face", slow)
+    with ThreadPoolExecutor(3) as pool:  # the lock is as good between threads
+        faces = list(pool.map(lambda _: load_faces("mine", 8), range(3)))
+    assert len(calls) == 70
+    for other in faces[1:]:
+        np.testing.assert_array_equal(other.images, faces[0].images)
 
 
-def test_row_50_the_half_array_of_a_live_process_is_left_alone():
+def test_the_half_array_of_another_name_is_left_alone():
     Path("prepared").mkdir()
-    live, strange = Path(f"prepared/a.{os.getppid()}.part"), Path("prepared/mine.part")
-    live.write_text("half")
-    strange.write_text("not ours")
+    others = Path("prepared/.a.npy.1.tmp"), Path("prepared/mine.tmp")
+    for other in others:
+        other.write_text("half")
     load_faces(make_folder(Path("mine"), 3), 8)
-    assert live.exists() and strange.exists()
+    assert all(other.exists() for other in others)
 
 
-def test_row_50_a_cut_or_exchanged_array_is_made_again_never_mapped():
+def test_a_cut_or_exchanged_array_is_made_again_never_mapped():
     first = load_faces(make_folder(Path("mine"), 5), 8)
     path, expected = Path(f"prepared/{first.key}.npy"), np.array(first.images)
     whole = path.read_bytes()
@@ -349,24 +350,14 @@ def test_row_50_a_cut_or_exchanged_array_is_made_again_never_mapped():
         np.testing.assert_array_equal(load_faces("mine", 8).images, expected)
 
 
-def test_row_50_drawn_faces_without_their_attributes_are_drawn_again(monkeypatch):
-    monkeypatch.setattr(dataset, "NUM_SYNTHETIC", 10)
-    faces = load_faces("synthetic", 8, attributes=["Male"])
-    for damage in (b"", None):
-        path = Path(f"prepared/{faces.key}_attributes.npy")
-        path.unlink() if damage is None else path.write_bytes(damage)
-        again = load_faces("synthetic", 8, attributes=["Male"])
-        np.testing.assert_array_equal(again.attributes, faces.attributes)
-
-
-# ---- No room (as row 9, for the prepared array) ----
+# ---- No room for the prepared array ----
 
 
 def test_a_full_disk_is_said_before_decoding_with_the_bytes_needed(monkeypatch):
     make_folder(Path("mine"), 5)
     usage = types.SimpleNamespace(free=100)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    monkeypatch.setattr(sources, "decode_face", lambda *_: pytest.fail("decoded in vain"))
+    monkeypatch.setattr(decoding, "decode_face", lambda *_: pytest.fail("decoded in vain"))
     text = refused("mine", ResourceError, size=8)
     assert f"{5 * 8 * 8 * 3:,} bytes" in text and str(Path("prepared").absolute()) in text
 
@@ -386,10 +377,10 @@ def test_a_prepared_folder_that_is_a_file_is_named(tmp_path):
     assert str(tmp_path / "prepared") in one_line(error)
 
 
-# ---- 51, 53: archives ----
+# ---- Archives ----
 
 
-def test_row_51_members_that_point_outside_are_read_in_place_and_nothing_is_written(tmp_path):
+def test_members_that_point_outside_are_read_in_place_and_nothing_is_written(tmp_path):
     work = tmp_path / "a" / "b"
     work.mkdir(parents=True)
     os.chdir(work)
@@ -402,7 +393,7 @@ def test_row_51_members_that_point_outside_are_read_in_place_and_nothing_is_writ
     assert not Path("/tmp/absolute_out.jpg").exists()
 
 
-def test_row_51_a_link_in_an_archive_is_no_picture_and_is_not_followed():
+def test_a_link_in_an_archive_is_no_image_and_is_not_followed():
     Path("secret.jpg").write_bytes(jpeg(1))
     link = zipfile.ZipInfo("link.jpg")
     link.external_attr = 0o120777 << 16
@@ -412,7 +403,7 @@ def test_row_51_a_link_in_an_archive_is_no_picture_and_is_not_followed():
 
 
 @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
-def test_row_53_a_damaged_archive_member_is_named(compression):
+def test_a_damaged_archive_member_is_named(compression):
     with zipfile.ZipFile("mine.zip", "w", compression) as archive:
         for number in range(5):
             archive.writestr(f"{number}.jpg", jpeg(number))
@@ -423,13 +414,13 @@ def test_row_53_a_damaged_archive_member_is_named(compression):
     assert "mine.zip/3.jpg: " in refused("mine.zip")
 
 
-def test_row_53_a_cut_archive_is_named(tmp_path):
+def test_a_cut_archive_is_named(tmp_path):
     path = make_celeba(tmp_path / "data", "one archive")
     path.write_bytes(path.read_bytes()[:-100])
     assert f"{path}: cannot be read as a zip archive" in refused(path.parent)
 
 
-def test_row_53_a_list_in_a_damaged_archive_is_named(tmp_path):
+def test_a_list_in_a_damaged_archive_is_named(tmp_path):
     path = make_celeba(tmp_path / "data", "kaggle archive") / "archive.zip"
     data = path.read_bytes()
     where = data.index(b"image_id,")
@@ -437,7 +428,7 @@ def test_row_53_a_list_in_a_damaged_archive_is_named(tmp_path):
     assert f"{path}/list_attr_celeba.csv: " in refused(path)
 
 
-# ---- 52: the download ----
+# ---- The download ----
 
 
 class Drive:
@@ -480,7 +471,7 @@ def assert_is_celeba(path):
 
 
 @pytest.mark.parametrize("there", [False, True])
-def test_an_absent_or_empty_folder_gets_celeba_from_kaggle(there, monkeypatch):
+def test_the_default_folder_absent_or_empty_gets_celeba_from_kaggle(there, monkeypatch):
     kaggle(monkeypatch, make_kaggle)
     if there:
         Path("data").mkdir()
@@ -507,13 +498,13 @@ def test_where_kaggle_fails_google_drive_is_asked_for_the_three_files(monkeypatc
     kaggle(monkeypatch, no_kaggle)
     drive = Drive(monkeypatch, tmp_path / "served")
     assert_is_celeba("data")
-    assert sorted(drive.asked) == sorted(sources.DRIVE_FILES)
+    assert sorted(drive.asked) == sorted(celeba.DRIVE_FILES)
     held = sorted(path.name for path in Path("data/celeba").iterdir())
-    assert held == sorted(sources.DRIVE_FILES)
+    assert held == sorted(celeba.DRIVE_FILES)
 
 
 @pytest.mark.parametrize("checked", [True, False])  # whether torchvision's checksum sees it first
-def test_row_52_a_quota_page_is_removed_and_the_way_out_named(checked, monkeypatch, tmp_path):
+def test_a_quota_page_is_removed_and_the_way_out_named(checked, monkeypatch, tmp_path):
     kaggle(monkeypatch, no_kaggle)
     drive = Drive(monkeypatch, tmp_path / "served", serve=lambda *_: HTML)
     if not checked:
@@ -526,13 +517,13 @@ def test_row_52_a_quota_page_is_removed_and_the_way_out_named(checked, monkeypat
     assert_is_celeba("data")
 
 
-def test_row_52_without_gdown_the_line_says_so(monkeypatch):
+def test_without_gdown_the_line_says_so(monkeypatch):
     kaggle(monkeypatch, no_kaggle)
     monkeypatch.setitem(sys.modules, "gdown", None)
     assert "pip install gdown" in refused("data")
 
 
-def test_row_52_a_page_under_the_name_of_the_archive_is_named_not_trained_on(tmp_path):
+def test_a_page_under_the_name_of_the_archive_is_named_not_trained_on(tmp_path):
     root = make_celeba(tmp_path / "data")
     (root / "img_align_celeba.zip").write_bytes(HTML)
     assert "img_align_celeba.zip: cannot be read as a zip archive" in refused(root)
@@ -592,31 +583,46 @@ def test_no_room_for_the_download_says_so_and_asks_no_further(monkeypatch):
     assert "data: " in text and "bytes (No space left on device)" in text
 
 
-def test_an_archive_that_is_not_there_is_not_downloaded_as_a_folder(monkeypatch):
+@pytest.mark.parametrize("path", ["data/archive.zip", "dta", "data/below", "elsewhere/data"])
+def test_another_path_that_is_not_there_is_no_download(path, monkeypatch):
     kaggle(monkeypatch, lambda *_, **__: pytest.fail("downloaded"))
-    assert "data/archive.zip: is not there" in refused("data/archive.zip")
+    text = refused(path)
+    assert f"{path}: is not there" in text and "synthetic" in text
+    assert not Path(path).exists()
 
 
-# ---- 54, 55 ----
-
-
-def test_row_54_a_folder_or_archive_without_pictures_is_named():
+def test_another_empty_folder_is_no_download(monkeypatch):
+    kaggle(monkeypatch, lambda *_, **__: pytest.fail("downloaded"))
     Path("mine").mkdir()
-    Path("mine/notes.txt").write_text("no picture")
-    assert "mine: holds no pictures" in refused("mine")
+    assert "mine: holds no images" in refused("mine")
+
+
+@pytest.mark.parametrize("path", ["./data", "data/", "absolute"])
+def test_the_default_folder_is_known_however_it_is_written(path, monkeypatch):
+    kaggle(monkeypatch, make_kaggle)
+    assert_is_celeba(Path("data").absolute() if path == "absolute" else path)
+
+
+# ---- Nothing to train on, other data ----
+
+
+def test_a_folder_or_archive_without_images_is_named():
+    Path("mine").mkdir()
+    Path("mine/notes.txt").write_text("no image")
+    assert "mine: holds no images" in refused("mine")
     with zipfile.ZipFile("mine.zip", "w") as archive:
         archive.write("mine/notes.txt")
-    assert "mine.zip: holds no pictures" in refused("mine.zip")
+    assert "mine.zip: holds no images" in refused("mine.zip")
     assert "notes.txt: cannot be read as a zip" in refused("mine/notes.txt")
 
 
-def test_row_54_a_dangling_link_is_named():
+def test_a_dangling_link_is_named():
     make_folder(Path("mine"), 3)
     Path("mine/gone.jpg").symlink_to("nowhere.jpg")
     assert "mine/gone.jpg" in refused("mine")
 
 
-def test_row_54_fewer_faces_than_a_batch_name_the_flag():
+def test_fewer_faces_than_a_batch_name_the_flag():
     faces = load_faces(make_folder(Path("mine"), 7), 8)
     Batches(faces, 7)
     for batch_size, world_size in ((8, 1), (4, 2)):
@@ -625,26 +631,26 @@ def test_row_54_fewer_faces_than_a_batch_name_the_flag():
         assert one_line(error).startswith("--batch_size: ") and "7 faces" in one_line(error)
 
 
-def test_row_55_another_size_makes_another_array(tmp_path):
+def test_another_size_makes_another_array(tmp_path):
     root = make_celeba(tmp_path / "data", "folder")
     for size in (8, 16, 8):
         assert load_faces(root, size).images.shape == (24, size, size, 3)
     assert len(list(Path("prepared").iterdir())) == 2
 
 
-def test_row_55_another_crop_of_the_same_files_makes_another_array(tmp_path):
+def test_another_crop_of_the_same_files_makes_another_array(tmp_path):
     plain = (make_celeba(tmp_path, "folder") / "img_align_celeba").rename(tmp_path / "plain")
     for path in tmp_path.glob("list_*"):
         path.rename(plain / path.name)
     aligned = load_faces(plain, 16)
-    (plain / "list_attr_celeba.txt").unlink()  # the same pictures, no longer known as CelebA's
+    (plain / "list_attr_celeba.txt").unlink()  # the same images, no longer known as CelebA's
     centred = load_faces(plain, 16)
     face = crop_face(Image.open(plain / "000001.jpg"), 16)
     np.testing.assert_array_equal(centred.images[0], face)
     assert not np.array_equal(centred.images, aligned.images)
 
 
-def test_row_55_the_same_name_with_other_pictures_makes_another_array(monkeypatch):
+def test_the_same_name_with_other_images_makes_another_array(monkeypatch):
     first = load_faces(make_folder(Path("a/mine"), 5), 8)
     make_folder(Path("b/mine"), 5)
     Path("b/mine/001.jpg").write_bytes(jpeg(77))

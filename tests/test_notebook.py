@@ -9,7 +9,7 @@ from conftest import ROOT
 from nbclient import NotebookClient
 from PIL import Image
 
-from synthetic import ATTRIBUTES, draw_face
+from synthetic import ATTRIBUTES, render_face
 
 PATH = ROOT / "ddpm_test.ipynb"
 TOUR = nbformat.read(PATH, as_version=4)
@@ -31,7 +31,7 @@ def save_small_celeba(folder, count: int) -> None:
     (folder / "img_align_celeba").mkdir(parents=True)
     rows = [str(count), " ".join(ATTRIBUTES)]
     for i in range(count):
-        pixels, has = draw_face(i, 218)
+        pixels, has = render_face(i, 218)
         name = f"{i + 1:06d}.jpg"
         Image.fromarray(pixels[:, 20:198]).save(folder / "img_align_celeba" / name)
         rows.append(f"{name} {' '.join(map(str, has))}")

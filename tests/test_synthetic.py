@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from synthetic import ATTRIBUTES, HAIRS, draw_face
+from synthetic import ATTRIBUTES, HAIRS, render_face
 
 # CelebA's forty names, in the order of its list.
 CELEBA = (
@@ -21,9 +21,9 @@ CELEBA = (
 @lru_cache(maxsize=1)
 def faces_at_32():
     """Return 3600 faces: pixels (N, 32, 32, 3) in [0, 1], attributes (N, K)."""
-    drawn = [draw_face(index, 32) for index in range(3600)]
-    pixels = np.stack([picture for picture, _ in drawn]).astype(np.float32) / 255
-    return pixels, np.stack([attributes for _, attributes in drawn])
+    rendered = [render_face(index, 32) for index in range(3600)]
+    pixels = np.stack([image for image, _ in rendered]).astype(np.float32) / 255
+    return pixels, np.stack([attributes for _, attributes in rendered])
 
 
 def column(attributes, name):
@@ -32,8 +32,8 @@ def column(attributes, name):
 
 @pytest.mark.parametrize("img_size", [8, 32, 33, 64, 128, 256])
 def test_face_is_uint8_rgb_of_the_asked_size_and_attributes_are_one_or_minus_one(img_size):
-    picture, attributes = draw_face(3, img_size)
-    assert picture.shape == (img_size, img_size, 3) and picture.dtype == np.uint8
+    image, attributes = render_face(3, img_size)
+    assert image.shape == (img_size, img_size, 3) and image.dtype == np.uint8
     assert attributes.shape == (len(ATTRIBUTES),) and attributes.dtype == np.int8
     assert set(attributes.tolist()) == {-1, 1}
 
@@ -42,31 +42,31 @@ def test_attributes_are_names_of_celeba_in_its_order():
     assert list(ATTRIBUTES) == [name for name in CELEBA if name in ATTRIBUTES]
 
 
-def test_same_seed_and_index_draw_the_same_face_whatever_was_drawn_before():
-    first, attributes = draw_face(11, 32, seed=5)
+def test_same_seed_and_index_render_the_same_face_whatever_was_rendered_before():
+    first, attributes = render_face(11, 32, seed=5)
     np.random.seed(0)
-    draw_face(12, 64, seed=5)
-    again, same_attributes = draw_face(11, 32, seed=5)
+    render_face(12, 64, seed=5)
+    again, same_attributes = render_face(11, 32, seed=5)
     assert np.array_equal(first, again) and np.array_equal(attributes, same_attributes)
 
 
 def test_another_seed_or_index_is_another_face():
-    face = draw_face(4, 32, seed=1)[0].astype(int)
-    for other in (draw_face(5, 32, seed=1), draw_face(4, 32, seed=2), draw_face(1, 32, seed=4)):
-        assert np.abs(face - other[0]).mean() > 8
+    face = render_face(4, 32, seed=1)[0].astype(int)
+    for index, seed in ((5, 1), (4, 2), (1, 4)):
+        assert np.abs(face - render_face(index, 32, seed)[0]).mean() > 8
 
 
 def test_attributes_do_not_depend_on_the_size():
     for index in range(200):
-        small, middle = draw_face(index, 8)[1], draw_face(index, 64)[1]
+        small, middle = render_face(index, 8)[1], render_face(index, 64)[1]
         assert np.array_equal(small, middle), f"face {index}"
 
 
 @pytest.mark.parametrize("img_size", [64, 128])
-def test_larger_picture_reduced_to_32_is_the_32_picture(img_size):
+def test_larger_image_reduced_to_32_is_the_32_image(img_size):
     for index in range(40):
-        large = Image.fromarray(draw_face(index, img_size)[0]).reduce(img_size // 32)
-        difference = np.abs(np.asarray(large, int) - draw_face(index, 32)[0])
+        large = Image.fromarray(render_face(index, img_size)[0]).reduce(img_size // 32)
+        difference = np.abs(np.asarray(large, int) - render_face(index, 32)[0])
         assert difference.mean() < 4, f"face {index}: {difference.mean()}"
         assert difference.max() < 80, f"face {index}: {difference.max()}"
 
@@ -77,7 +77,7 @@ def test_no_two_of_2000_faces_are_alike():
     distances = squares[:, None] + squares[None] - 2 * pixels @ pixels.T
     np.fill_diagonal(distances, np.inf)
     root_mean_square = np.sqrt(distances.min() / pixels.shape[1])
-    assert root_mean_square > 0.02  # five grey levels of 255 over the whole picture
+    assert root_mean_square > 0.02  # five grey levels of 255 over the whole image
 
 
 @pytest.mark.parametrize(
@@ -156,11 +156,11 @@ def linear_accuracies():
         edges = np.stack([down * right, right**2, down**2], axis=-1)
         features.append(10 * np.sign(edges) * np.sqrt(np.abs(edges)))
     features = np.concatenate(features, axis=-1).reshape(len(pixels), -1)
-    known, asked = features[:3000], features[3000:]
-    mean, prior = known.mean(0), attributes[:3000].mean(0)
-    gram = (known - mean) @ (known - mean).T + 300 * np.eye(3000, dtype=np.float32)
+    seen, unseen = features[:3000], features[3000:]
+    mean, prior = seen.mean(0), attributes[:3000].mean(0)
+    gram = (seen - mean) @ (seen - mean).T + 300 * np.eye(3000, dtype=np.float32)
     weights = np.linalg.solve(gram, (attributes[:3000] - prior).astype(np.float32))
-    scores = (asked - mean) @ ((known - mean).T @ weights) + prior
+    scores = (unseen - mean) @ ((seen - mean).T @ weights) + prior
     return (np.sign(scores) == attributes[3000:]).mean(0)
 
 
@@ -187,14 +187,14 @@ def test_eyes_are_seen_behind_glasses():
 def test_edges_are_smooth():
     # Generated without the reduction, a face of 32 pixels has under 400 colours.
     for index in range(10):
-        picture = draw_face(index, 32)[0]
-        steps = np.abs(np.diff(picture.astype(int).sum(2), axis=1))
-        assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 500
+        image = render_face(index, 32)[0]
+        steps = np.abs(np.diff(image.astype(int).sum(2), axis=1))
+        assert len(np.unique(image.reshape(-1, 3), axis=0)) > 500
         assert ((steps > 20) & (steps < 200)).mean() > 0.15
 
 
 def test_wrong_arguments_are_refused():
     with pytest.raises(AssertionError, match="index must be 0 or more, got -1"):
-        draw_face(-1, 32)
+        render_face(-1, 32)
     with pytest.raises(AssertionError, match="img_size must be 8 or more, got 4"):
-        draw_face(0, 4)
+        render_face(0, 4)
