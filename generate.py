@@ -1,17 +1,27 @@
-"""Images from a checkpoint: the network that it holds, and what it generates."""
+"""Images from a checkpoint: the network it holds, what that generates, and the files that keep it.
 
-from collections.abc import Iterator, Sequence
+trained = load_trained("my_first_diffusion")
+images = torch.cat(list(generate(trained, range(64))))      # (64, 3, H, W) in [-1, 1]
+"""
+
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from device import autocast_dtype
 from diffusion import Diffusion, image_generators
-from errors import CheckpointError
-from images import image_grid
+from errors import CheckpointError, DataError
+from files import write_atomically
+from images import image_grid, to_uint8
 from unet import UNet
 from utils import find_checkpoint, load_checkpoint, plain_keys
 
@@ -33,8 +43,8 @@ class Trained:
         return self.settings["img_size"]
 
     @property
-    def attributes(self) -> tuple[str, ...]:
-        """The attributes that faces can be asked for by; empty for an unconditional network."""
+    def attribute_names(self) -> tuple[str, ...]:
+        """The attributes that it has learned; none for an unconditional network."""
         return tuple(self.settings["attributes"])
 
     def autocast(self) -> torch.autocast:
@@ -70,54 +80,121 @@ def generate(
     numbers: Sequence[int],
     seed: int = 0,
     batch_size: int = 64,
+    steps: int = 20,
     attributes: Tensor | None = None,
     x_T: Tensor | None = None,
+    bar: tqdm | None = None,
     **options,
 ) -> Iterator[Tensor]:
-    """Draw the pictures of these numbers, a batch at a time: yields (b, 3, H, W) in [-1, 1].
+    """The images of these numbers, a batch at a time: yields (b, 3, H, W) in [-1, 1].
 
-    Picture i depends on (seed, i) alone, whatever the batch. attributes: (N, K), or (1, K) for all;
-    x_T: (N, 3, H, W), the noise to start from; options: `Diffusion.sample_loop`'s."""
+    Image i depends on (seed, i) alone, whatever the batch. attributes: (N, K), or (1, K) for all;
+    x_T: (N, 3, H, W), the noise to start from; bar: shows how many images are done, after each
+    step; steps, options: `Diffusion.sample_loop`'s."""
     size, device = trained.img_size, trained.diffusion.device
     if attributes is not None:
         attributes = attributes.to(device).expand(len(numbers), -1)
     for start in range(0, len(numbers), batch_size):
         part = slice(start, start + batch_size)
-        noise = image_generators(seed, numbers[part])
+        generators = image_generators(seed, numbers[part])
+        loop = trained.diffusion.sample_loop(
+            trained.model,
+            (len(generators), 3, size, size),
+            steps=steps,
+            generator=generators,
+            attributes=None if attributes is None else attributes[part],
+            x_T=None if x_T is None else x_T[part],
+            **options,
+        )
         with trained.autocast():
-            yield trained.diffusion.sample(
-                trained.model,
-                (len(noise), 3, size, size),
-                generator=noise,
-                attributes=None if attributes is None else attributes[part],
-                x_T=None if x_T is None else x_T[part],
-                **options,
-            )
+            for _, _, images in loop:
+                if bar is not None:
+                    bar.update(len(images) / steps)
+        yield images
 
 
-def sheet_rows(attributes: Sequence[str]) -> tuple[list[str], Tensor]:
+# Sheets ------------------------------------------------------------------------------------------
+
+
+def sheet_rows(attribute_names: Sequence[str]) -> tuple[list[str], Tensor]:
     """What a sheet asks for: each attribute by itself, on and off. Returns a label for each row,
     and the rows, (2K, K) of 1, -1 and 0."""
-    labels = [label for name in attributes for label in (name, f"not {name}")]
-    one = torch.eye(len(attributes))
+    labels = [label for name in attribute_names for label in (name, f"not {name}")]
+    one = torch.eye(len(attribute_names))
     return labels, torch.stack([one, -one], dim=1).flatten(0, 1)
 
 
+def sheet(
+    attribute_names: Sequence[str], columns: int, attributes: Tensor | None = None
+) -> tuple[list[str], list[int], Tensor]:
+    """The images of a sheet, row after row, each row from the same noise: the rows' labels, the
+    images' numbers (N) and attributes (N, K). attributes: (1, K), what holds in every row."""
+    labels, rows = sheet_rows(attribute_names)
+    if attributes is not None:
+        rows = torch.where(rows == 0, attributes, rows)
+    return labels, list(range(columns)) * len(labels), rows.repeat_interleave(columns, dim=0)
+
+
 def sample_grid(config, model, diffusion, dtype, stop, steps=20) -> Image.Image | None:
-    """A grid of faces, from always the same noise and in `sample.py`'s default sampler; of a
-    network that knows attributes a sheet that asks for each of them. None where a signal came in
-    between."""
-    rows, columns, labels, attributes = 1, config.num_samples, (), None
+    """A grid of faces, always from the same noise, by `sample.py`'s default sampler; of a network
+    that knows attributes a sheet. None where a signal came in between."""
+    columns, labels, numbers, attributes = 0, [], list(range(config.num_samples)), None
     if config.attributes:
-        labels, asked = sheet_rows(config.attributes)
-        rows, columns = len(labels), max(1, config.num_samples // len(labels))
-        attributes = asked.repeat_interleave(columns, dim=0).to(diffusion.device)
-    shape = (rows * columns, 3, config.img_size, config.img_size)
-    noise = image_generators(config.seed, list(range(columns)) * rows)
-    options = dict(steps=steps, generator=noise, attributes=attributes)
+        columns = max(1, config.num_samples // (2 * len(config.attributes)))
+        labels, numbers, attributes = sheet(config.attributes, columns)
+        attributes = attributes.to(diffusion.device)
+    shape = (len(numbers), 3, config.img_size, config.img_size)
+    generators = image_generators(config.seed, numbers)
+    options = dict(steps=steps, generator=generators, attributes=attributes)
     with torch.autocast(diffusion.device.type, dtype, enabled=dtype is not None):
-        for _, _, x_0 in diffusion.sample_loop(model, shape, **options):
-            faces = x_0
+        for _, _, x_0_pred in diffusion.sample_loop(model, shape, **options):
+            faces = x_0_pred
             if stop.received:
                 return None
-    return image_grid(faces, columns if labels else 0, labels)
+    return image_grid(faces, columns, labels)
+
+
+# Kept images -------------------------------------------------------------------------------------
+
+
+class Generated(NamedTuple):
+    """What one sampler has generated."""
+
+    name: str  # of the sampler
+    images: np.ndarray  # (N, S, S, 3) uint8
+    seconds: float  # that it took, over all processes
+
+
+def batch_files(num_images: int, batch_size: int, folder: Path) -> list[tuple[range, Path]]:
+    """The numbers of the images in each batch, and the file in `folder` that keeps them."""
+    starts = range(0, num_images, batch_size)
+    batches = [range(start, min(start + batch_size, num_images)) for start in starts]
+    return [(each, folder / f"{each.start:06d}-{each.stop:06d}.npz") for each in batches]
+
+
+def keep_generated(path: Path, make: Callable[[], Tensor]) -> None:
+    """Keep in a file the images that `make` returns, (N, 3, H, W) in [-1, 1], and the seconds that
+    it takes."""
+    started = time.perf_counter()
+    images = to_uint8(make()).numpy()
+    seconds = time.perf_counter() - started
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "wb") as file:
+            np.savez(file, images=images, seconds=seconds)
+
+    write_atomically(path, write)
+
+
+def read_generated(name: str, files: Sequence[tuple[range, Path]]) -> Generated:
+    """What lies in the files of one sampler. Raises DataError where one is damaged."""
+    images, seconds = [], 0.0
+    for _, path in files:
+        try:
+            with np.load(path) as kept:
+                images.append(kept["images"])
+                seconds += float(kept["seconds"])
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            fix = "delete it, and it is generated again"
+            raise DataError(path, f"is damaged ({error})", fix) from error
+    return Generated(name, np.concatenate(images), seconds)

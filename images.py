@@ -1,4 +1,4 @@
-"""Images as tensors in [-1, 1] and as pictures on the disk: grids, labelled sheets."""
+"""Images: tensors in [-1, 1] to and from uint8 arrays, grids, labelled sheets, files."""
 
 import math
 from collections.abc import Sequence
@@ -19,31 +19,33 @@ def to_x_0(pixels: Tensor) -> Tensor:
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """(..., 3, H, W) in [-1, 1] to uint8 in 0 ... 255, on the CPU."""
-    return (images.float().clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8).cpu()
+    """(..., 3, H, W) in [-1, 1] to (..., H, W, 3) uint8 in 0 ... 255, on the CPU."""
+    pixels = (images.float().clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8)
+    return pixels.movedim(-3, -1).contiguous().cpu()
 
 
 def image_grid(images: Tensor, columns: int = 0, labels: Sequence[str] = ()) -> Image.Image:
-    """One picture of many. images: (N, 3, H, W) in [-1, 1]; columns: 0 for as square as can be;
-    labels: a text for each row, to the left of it."""
+    """One image of many. images: (N, 3, H, W) in [-1, 1]; columns: 0 for as square as can be;
+    labels: a text for each row, to the left of it, which makes the grid a sheet."""
     columns = columns or math.ceil(math.sqrt(len(images)))
-    grid = make_grid(to_uint8(images), nrow=columns, padding=2, pad_value=255)
-    picture = Image.fromarray(grid.permute(1, 2, 0).numpy())
+    cells = to_uint8(images).movedim(-1, -3)
+    grid = make_grid(cells, nrow=columns, padding=2, pad_value=255)
+    grid = Image.fromarray(grid.permute(1, 2, 0).numpy())
     if not labels:
-        return picture
+        return grid
     height = images.shape[-2] + 2
     font = ImageFont.load_default(size=max(9, min(16, height // 3)))
-    labels = [label.replace(" ", "  ") for label in labels]  # its spaces are narrow
+    labels = [label.replace(" ", "  ") for label in labels]  # the font's space is narrow
     margin = 8 + math.ceil(max(font.getlength(label) for label in labels))
-    sheet = Image.new("RGB", (margin + picture.width, picture.height), "white")
-    sheet.paste(picture, (margin, 0))
-    draw = ImageDraw.Draw(sheet)
+    sheet = Image.new("RGB", (margin + grid.width, grid.height), "white")
+    sheet.paste(grid, (margin, 0))
+    canvas = ImageDraw.Draw(sheet)
     for row, label in enumerate(labels):
-        draw.text((margin - 4, (row + 0.5) * height), label, "black", font, anchor="rm")
+        canvas.text((margin - 4, (row + 0.5) * height), label, "black", font, anchor="rm")
     return sheet
 
 
 def save_image(image: Image.Image, path: Path, **options) -> None:
-    """Save a picture in the format its name ends in, whole or not at all."""
+    """Save an image in the format its name ends in, whole or not at all."""
     format = Image.registered_extensions()[path.suffix.lower()]
-    write_atomically(path, lambda aside: image.save(aside, format=format, **options))
+    write_atomically(path, lambda temporary: image.save(temporary, format=format, **options))

@@ -1,4 +1,4 @@
-"""Pictures as vectors, and the distances between sets of vectors: Frechet distance (FID, Heusel et
+"""Images as vectors, and the distances between sets of vectors: Frechet distance (FID, Heusel et
 al. 2017), kernel distance (KID, Binkowski et al. 2018), nearest neighbours (Yoon et al. 2023).
 
     features = find_features("inception")               # or "module:callable", or "none"
@@ -25,18 +25,18 @@ from errors import ResourceError, UsageError
 from images import to_x_0
 from prepared import PREPARED, load_array, save_array
 
-BATCH = 128  # pictures at a time, for the network
-BLOCK = 4096  # pictures at a time, to compare
+BATCH = 128  # images at a time, for the network
+BLOCK = 4096  # images at a time, to compare
 COPY = 1 / 3  # nearest by this much nearer than the second nearest: as good as a copy
 
 
 @dataclass(frozen=True)
 class Features:
-    """A function from uint8 pictures (B, 3, S, S) to vectors (B, D), and its name."""
+    """A function from uint8 images (B, 3, S, S) to vectors (B, D), and its name."""
 
     name: str
     function: Callable[[Tensor], Tensor]
-    size: int = 0  # pixels that the pictures are resized to first; 0: as they are
+    size: int = 0  # pixels that the images are resized to first; 0: as they are
 
     def of(self, images: np.ndarray, indices: np.ndarray | None = None) -> np.ndarray:
         """(N, D) float32 of images (N, S, S, 3) uint8, or of those at `indices`. Raises UsageError
@@ -70,13 +70,13 @@ class Features:
         return UsageError("--features", f"{self.name} {what}", fix)
 
     def cached(self, images: np.ndarray, indices: np.ndarray, key: str) -> np.ndarray:
-        """`of(images, indices)`, kept on disk beside the prepared pictures. key: names `images`.
+        """`of(images, indices)`, kept on disk beside the prepared faces. key: names `images`.
 
         The file's name follows from the key, the indices, the size and what the function makes of
-        a few fixed pictures, so that no other data, crop or network is ever mixed up with it."""
+        a few fixed images, so that no other data, crop or network is ever mixed up with it."""
         random = np.random.default_rng(0)
-        pictures = random.integers(0, 256, (4, *images.shape[1:]), dtype=np.uint8)
-        probe = self._of_batch(torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous())
+        fixed = random.integers(0, 256, (4, *images.shape[1:]), dtype=np.uint8)
+        probe = self._of_batch(torch.from_numpy(fixed).permute(0, 3, 1, 2).contiguous())
         text = " ".join(f"{value:.3g}" for value in probe.flatten())  # rounded: threads differ
         parts = (key, self.size, len(indices), text)
         digest = hashlib.sha256(repr(parts).encode() + indices.tobytes()).hexdigest()[:16]
@@ -216,27 +216,27 @@ def nearest(
 
 
 def nearest_pixels(
-    images: np.ndarray, others: np.ndarray, indices: np.ndarray
+    images: np.ndarray, reference: np.ndarray, indices: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`nearest` of pictures, (N, S, S, 3) uint8, among others at `indices`, by their pixels in
-    [-1, 1]; what is found are places in `indices`."""
+    """`nearest` of images, (N, S, S, 3) uint8, among reference images at `indices`, by their pixels
+    in [-1, 1]; what is found are places in `indices`."""
 
-    def flat(pictures: np.ndarray) -> np.ndarray:
-        return to_x_0(torch.from_numpy(np.ascontiguousarray(pictures))).flatten(1).numpy()
+    def flat(images: np.ndarray) -> np.ndarray:
+        return to_x_0(torch.from_numpy(np.ascontiguousarray(images))).flatten(1).numpy()
 
     def blocks() -> Iterator[np.ndarray]:
         for start in tqdm(range(0, len(indices), BLOCK), "nearest by pixels", disable=None):
-            yield flat(others[indices[start : start + BLOCK]])
+            yield flat(reference[indices[start : start + BLOCK]])
 
     return nearest(flat(images), flat(images[:, :, ::-1]), blocks())
 
 
 def nearest_features(
-    images: np.ndarray, features: Features, known: np.ndarray
+    images: np.ndarray, features: Features, reference: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`nearest` of pictures, (N, S, S, 3) uint8, among known vectors, by features."""
+    """`nearest` of images, (N, S, S, 3) uint8, among reference vectors (M, D), by features."""
     mirrored = features.of(np.ascontiguousarray(images[:, :, ::-1]))
-    blocks = (known[start : start + BLOCK] for start in range(0, len(known), BLOCK))
+    blocks = (reference[start : start + BLOCK] for start in range(0, len(reference), BLOCK))
     return nearest(features.of(images), mirrored, blocks)
 
 

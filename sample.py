@@ -1,14 +1,13 @@
-"""Draw pictures from a checkpoint.
+"""Generate images from a checkpoint.
 
-python sample.py                                        # the newest run's, 64 faces, samples.png
+python sample.py                                        # of the newest run: 64 faces, samples.png
 python sample.py --checkpoint my_first_diffusion --num_images 64 --seed 0 --out faces.png
 python sample.py --sampler ddpm --steps 1000 --out way.gif    # from noise to faces
-python sample.py --num_images 5000 --out faces                # single pictures in a folder
+python sample.py --num_images 5000 --out faces                # single images in a folder
 """
 
 import math
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -23,7 +22,7 @@ from dataset import parse_attributes
 from device import keep_freed_memory
 from diffusion import draw_noise, image_generators
 from errors import UsageError
-from generate import Trained, generate, load_trained, sheet_rows
+from generate import Trained, generate, load_trained, sheet
 from images import image_grid, save_image, to_uint8
 from log import say
 
@@ -32,53 +31,55 @@ GIF_FRAMES = 40  # at most, in the way from noise to faces
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """What to draw, and how."""
+    """What to generate, and how."""
 
     checkpoint: str = ""  # a run's folder (its newest), a file in it; empty: the newest run here
-    num_images: int = 64  # pictures to draw
+    num_images: int = 64  # images to generate
     sampler: Literal["ddpm", "ddim", "dpm++"] = "dpm++"  # dpm++ needs the fewest steps
-    steps: int = 20  # evaluations of the network for each picture
+    steps: int = 20  # evaluations of the network for each image
     eta: float = 0.0  # noise that ddim adds: 0 none, 1 as much as ddpm
-    seed: int = 0  # picture i depends on (seed, i) alone
-    batch_size: int = 64  # pictures drawn at a time
+    seed: int = 0  # image i depends on (seed, i) alone
+    batch_size: int = 64  # images generated at a time
     condition: tuple[str, ...] = ()  # attributes asked for: Smiling=1 Male=-1 (Smiling alone: =1)
     guidance: float = 1.0  # how strongly they are followed: 1 as learned, 2 to 4 more so
     sheet: bool = False  # a row for each attribute on and off, num_images columns of the same noise
-    interpolate: tuple[
-        int, ...
-    ] = ()  # numbers of two pictures: num_images faces from one to the other
-    raw: bool = False  # draw from the weights as trained, not from their average (EMA)
+    interpolate: tuple[int, ...] = ()  # numbers of two images: num_images from one to the other
+    raw: bool = False  # generate with the weights as trained, not with their average (EMA)
     out: str = "samples.png"  # .png: one grid; .gif: the way from noise to faces; else a folder
 
 
-def frames_from_noise(trained: Trained, num_images: int, seed: int, **options) -> list[Image.Image]:
-    """The way from noise to faces: grids of x_t at up to GIF_FRAMES steps, and of the faces."""
-    shape = (num_images, 3, trained.img_size, trained.img_size)
-    if (attributes := options.pop("attributes", None)) is not None:
-        options["attributes"] = attributes.to(trained.diffusion.device).expand(num_images, -1)
-    noise = image_generators(seed, range(num_images))
-    loop = trained.diffusion.sample_loop(trained.model, shape, generator=noise, **options)
-    every = max(1, options["steps"] // GIF_FRAMES)
-    frames = []
-    with trained.autocast():
-        for i, (_, x_t, x_0) in enumerate(tqdm(loop, "drawing", options["steps"], disable=None)):
-            if i % every == 0:
-                frames.append(image_grid(x_t))
-            faces = x_0
-    return [*frames, image_grid(faces)]
+def sample(config: SampleConfig) -> Path:
+    """Generate and save what the config says. Returns where it lies. Raises UserError."""
+    check_config(config)
+    keep_freed_memory()
+    trained = load_trained(config.checkpoint or None, config.raw)
+    check_steps(config, trained)
+    out, columns, labels = Path(config.out), 0, []
+    numbers, attributes = list(range(config.num_images)), read_condition(config, trained)
+    options = {name: getattr(config, name) for name in ("sampler", "steps", "eta", "guidance")}
 
+    if config.interpolate:
+        columns = config.num_images
+        options["x_T"] = noise_between(trained, config.interpolate, columns, config.seed)
+    elif out.suffix == ".gif":
+        save_gif(frames_from_noise(trained, numbers, config.seed, attributes, **options), out)
+        return done(config, trained)
+    if config.sheet:
+        columns = config.num_images
+        labels, numbers, attributes = sheet(trained.attribute_names, columns, attributes)
 
-def between(trained: Trained, ends: Sequence[int], count: int, seed: int) -> Tensor:
-    """(count, 3, H, W) of noise from that of one picture to that of another, on the great circle,
-    so that what lies between is as long as noise is (Song et al. 2020, eq. 67)."""
-    shape = (2, 3, trained.img_size, trained.img_size)
-    a, b = draw_noise(shape, image_generators(seed, ends), "cpu").flatten(1)
-    angle = torch.acos(torch.dot(a, b) / (a.norm() * b.norm()))
-    share = torch.linspace(0, 1, count)[:, None]
-    if float(angle) == 0:  # twice the same picture
-        return a.expand(count, -1).reshape(count, *shape[1:])
-    noise = (torch.sin((1 - share) * angle) * a + torch.sin(share * angle) * b) / torch.sin(angle)
-    return noise.reshape(count, *shape[1:])
+    options |= dict(seed=config.seed, batch_size=config.batch_size, attributes=attributes)
+    with tqdm(total=len(numbers), unit="image", unit_scale=True, disable=None) as bar:
+        batches = generate(trained, numbers, bar=bar, **options)
+        if not out.suffix:
+            save_each(batches, out)
+            return done(config, trained)
+        images = torch.cat([batch.cpu() for batch in batches])
+    if out.suffix == ".gif":
+        save_gif([image_grid(image[None]) for image in images], out)
+    else:
+        save_image(image_grid(images, columns, labels), out)
+    return done(config, trained)
 
 
 def check_config(config: SampleConfig) -> None:
@@ -96,82 +97,76 @@ def check_config(config: SampleConfig) -> None:
     check(0 <= config.guidance < math.inf, "guidance", "a number from 0, such as 2")
     suffix = Path(config.out).suffix
     check(suffix in ("", ".png", ".gif"), "out", "a name ending in .png or .gif, or a folder")
-    check(
-        not config.sheet or suffix == ".png", "out", "a name ending in .png, as --sheet is a grid"
-    )
+    is_grid = suffix == ".png" or not config.sheet
+    check(is_grid, "out", "a name ending in .png, as --sheet is a grid")
     if config.interpolate:
         pair = len(config.interpolate) == 2 and min(config.interpolate) >= 0
-        check(pair, "interpolate", "the numbers of two pictures, such as 3 8")
+        check(pair, "interpolate", "the numbers of two images, such as 3 8")
         check(not config.sheet, "sheet", "either --sheet or --interpolate")
         same = config.sampler != "ddpm" and config.eta == 0
-        check(
-            same, "sampler", "ddim or dpm++ without --eta, which draw the same from the same noise"
-        )
+        fix = "ddim or dpm++ without --eta, which make the same image from the same noise"
+        check(same, "sampler", fix)
 
 
-def read_condition(config: SampleConfig, trained: Trained) -> Tensor | None:
-    """(1, K) of 1, -1 and 0: what is asked for, or None of an unconditional network. Raises
-    UsageError for what the network has not learned."""
-    asked, names = parse_attributes(config.condition, "--condition"), trained.attributes
-    for flag, given in (("--condition", asked), ("--sheet", config.sheet)):
-        if given and not names:
-            what = f"{trained.path} was trained without attributes"
-            raise UsageError(flag, what, "train with --attributes, or take another checkpoint")
-    unknown = [name for name in asked if name not in names]
-    if unknown:
-        what = f"{trained.path} has not learned {', '.join(unknown)}"
-        raise UsageError("--condition", what, f"choose of {', '.join(names)}")
-    if config.guidance != 1 and not any(asked.values()) and not config.sheet:
-        raise UsageError("--guidance", "nothing is asked for", "add --condition, or --sheet")
-    if not names:
-        return None
-    return torch.tensor([[float(asked.get(name, 0)) for name in names]])
-
-
-def sample(config: SampleConfig) -> Path:
-    """Draw and save what is wished. Returns where it lies. Raises UserError."""
-    check_config(config)
-    keep_freed_memory()
-    trained = load_trained(config.checkpoint or None, config.raw)
+def check_steps(config: SampleConfig, trained: Trained) -> None:
+    """Raise UsageError for more steps than the sampler can take."""
     if config.sampler != "dpm++" and config.steps > trained.diffusion.num_timesteps:
         fix = f"give at most {trained.diffusion.num_timesteps} for {config.sampler}"
         raise UsageError("--steps", f"is {config.steps}", fix)
-    options = dict(
-        sampler=config.sampler, steps=config.steps, eta=config.eta, guidance=config.guidance
-    )
-    options["attributes"] = asked = read_condition(config, trained)
-    out = Path(config.out)
-    if out.suffix == ".gif" and not config.interpolate:
-        save_gif(frames_from_noise(trained, config.num_images, config.seed, **options), out)
-        return done(config, trained)
 
-    # What is drawn, and how it is laid out.
-    numbers, columns, labels = list(range(config.num_images)), 0, ()
-    if config.sheet:
-        columns = config.num_images
-        labels, rows = sheet_rows(trained.attributes)
-        rows = torch.where(rows == 0, asked, rows)  # what --condition says holds in every row
-        options["attributes"] = rows.repeat_interleave(columns, dim=0)
-        numbers = numbers * len(labels)
-    if config.interpolate:
-        columns = config.num_images
-        options["x_T"] = between(trained, config.interpolate, config.num_images, config.seed)
 
-    kept, count = [], 0
-    with tqdm(total=len(numbers), unit="image", disable=None) as bar:
-        for images in generate(trained, numbers, config.seed, config.batch_size, **options):
-            if out.suffix:
-                kept.append(images.cpu())
-            else:
-                for i, pixels in enumerate(to_uint8(images).permute(0, 2, 3, 1).numpy(), count):
-                    save_image(Image.fromarray(pixels), out / f"{i:06d}.png")
-            count += len(images)
-            bar.update(len(images))
-    if out.suffix == ".gif":
-        save_gif([image_grid(image[None]) for image in torch.cat(kept)], out)
-    elif kept:
-        save_image(image_grid(torch.cat(kept), columns, labels), out)
-    return done(config, trained)
+def read_condition(config: SampleConfig, trained: Trained) -> Tensor | None:
+    """The attributes that --condition asks for, (1, K) of 1, -1 and 0, or None of an unconditional
+    network. Raises UsageError for what the network has not learned."""
+    condition = parse_attributes(config.condition, "--condition")
+    names = trained.attribute_names
+    for flag, given in (("--condition", condition), ("--sheet", config.sheet)):
+        if given and not names:
+            what = f"{trained.path} was trained without attributes"
+            raise UsageError(flag, what, "train with --attributes, or take another checkpoint")
+    unknown = [name for name in condition if name not in names]
+    if unknown:
+        what = f"{trained.path} has not learned {', '.join(unknown)}"
+        raise UsageError("--condition", what, f"choose of {', '.join(names)}")
+    if config.guidance != 1 and not any(condition.values()) and not config.sheet:
+        raise UsageError("--guidance", "nothing is asked for", "add --condition, or --sheet")
+    if not names:
+        return None
+    return torch.tensor([[float(condition.get(name, 0)) for name in names]])
+
+
+def noise_between(trained: Trained, ends: tuple[int, int], count: int, seed: int) -> Tensor:
+    """(count, 3, H, W) of noise from that of one image to that of another, on the great circle, so
+    that what lies between is as long as noise is (Song et al. 2020, eq. 67).
+
+    ends: the numbers of the two images."""
+    shape = (2, 3, trained.img_size, trained.img_size)
+    a, b = draw_noise(shape, image_generators(seed, ends), "cpu").flatten(1)
+    angle = torch.acos(torch.dot(a, b) / (a.norm() * b.norm()))
+    share = torch.linspace(0, 1, count)[:, None]
+    if float(angle) == 0:  # twice the same image
+        return a.expand(count, -1).reshape(count, *shape[1:])
+    noise = (torch.sin((1 - share) * angle) * a + torch.sin(share * angle) * b) / torch.sin(angle)
+    return noise.reshape(count, *shape[1:])
+
+
+def frames_from_noise(
+    trained: Trained, numbers: list[int], seed: int, attributes: Tensor | None, **options
+) -> list[Image.Image]:
+    """The way from noise to faces: grids of x_t at up to GIF_FRAMES steps, and of the faces."""
+    shape = (len(numbers), 3, trained.img_size, trained.img_size)
+    if attributes is not None:
+        options["attributes"] = attributes.to(trained.diffusion.device).expand(len(numbers), -1)
+    options["generator"] = image_generators(seed, numbers)
+    loop = trained.diffusion.sample_loop(trained.model, shape, **options)
+    every = max(1, options["steps"] // GIF_FRAMES)
+    frames = []
+    with trained.autocast():
+        for i, (_, x_t, x_0_pred) in enumerate(tqdm(loop, total=options["steps"], disable=None)):
+            faces = x_0_pred
+            if i % every == 0:
+                frames.append(image_grid(x_t))
+    return [*frames, image_grid(faces)]
 
 
 def save_gif(frames: list[Image.Image], path: Path) -> None:
@@ -179,6 +174,13 @@ def save_gif(frames: list[Image.Image], path: Path) -> None:
     first, *rest = frames
     pauses = [80] * len(rest) + [2000]  # milliseconds
     save_image(first, path, save_all=True, append_images=rest, duration=pauses, loop=0)
+
+
+def save_each(batches, folder: Path) -> None:
+    """Save the images of the batches as 000000.png, 000001.png, ..., as they come."""
+    images = (pixels for batch in batches for pixels in to_uint8(batch).numpy())
+    for i, pixels in enumerate(images):
+        save_image(Image.fromarray(pixels), folder / f"{i:06d}.png")
 
 
 def done(config: SampleConfig, trained: Trained) -> Path:
@@ -189,7 +191,7 @@ def done(config: SampleConfig, trained: Trained) -> Path:
 
 def main() -> None:
     """The command line: SampleConfig's flags."""
-    sample(cli.parse(SampleConfig, sys.argv[1:], "Draw pictures from a checkpoint."))
+    sample(cli.parse(SampleConfig, sys.argv[1:], "Generate images from a checkpoint."))
 
 
 if __name__ == "__main__":

@@ -25,25 +25,25 @@ from synthetic import ATTRIBUTES
 
 
 @dataclass(frozen=True)
-class Accuracy:
+class AccuracyConfig:
     """What to judge, and how."""
 
     checkpoint: str = ""  # a run on synthetic faces with --attributes; empty: the newest run here
     num_images: int = 128  # faces for each attribute, on and off
     guidance: tuple[float, ...] = (1.0, 2.0, 4.0)  # each of these in turn
-    steps: int = 20  # evaluations of the network, by dpm++
+    steps: int = 20  # of dpm++
 
 
 @torch.no_grad()
 def share_as_asked(
-    config: Accuracy, trained: Trained, judge, column: int, value: int, guidance: float
+    config: AccuracyConfig, trained: Trained, judge, column: int, value: int, guidance: float
 ) -> float:
     """The share of faces that have the network's attribute `column` (value 1), or have it not (-1),
-    when asked."""
-    asked = torch.zeros(1, len(trained.attributes))
-    asked[0, column] = value
-    options = dict(attributes=asked, guidance=guidance, steps=config.steps)
-    place = ATTRIBUTES.index(trained.attributes[column])
+    when asked for it."""
+    attributes = torch.zeros(1, len(trained.attribute_names))
+    attributes[0, column] = value
+    options = dict(attributes=attributes, guidance=guidance, steps=config.steps)
+    place = ATTRIBUTES.index(trained.attribute_names[column])
     batches = generate(trained, range(config.num_images), seed=column, **options)
     has = torch.cat([judge(faces.float().cpu())[:, place] > 0 for faces in batches])
     return float((has == (value == 1)).float().mean())
@@ -51,17 +51,17 @@ def share_as_asked(
 
 def main() -> None:
     """Print the table."""
-    config = cli.parse(Accuracy, sys.argv[1:], "Do the faces have what was asked for?")
+    config = cli.parse(AccuracyConfig, sys.argv[1:], "Do the faces have what was asked for?")
     keep_freed_memory()
     trained = load_trained(config.checkpoint or None)
     judge, right = classifier()
-    right = right[[ATTRIBUTES.index(name) for name in trained.attributes]]
+    right = right[[ATTRIBUTES.index(name) for name in trained.attribute_names]]
     rows, totals = [], torch.zeros(len(config.guidance))
-    for column, name in enumerate(trained.attributes):
+    for column, name in enumerate(trained.attribute_names):
         for value in (1, -1):
             face = (config, trained, judge, column, value)
             shares = [share_as_asked(*face, guidance) for guidance in config.guidance]
-            totals += torch.tensor(shares) / (2 * len(trained.attributes))
+            totals += torch.tensor(shares) / (2 * len(trained.attribute_names))
             label = name if value == 1 else f"not {name}"
             rows.append([label, *(f"{share:.1%}" for share in shares), f"{right[column]:.1%}"])
     rows.append(["mean", *(f"{total:.1%}" for total in totals), f"{right.mean():.1%}"])

@@ -1,11 +1,11 @@
-"""How fast pictures become batches, beside torchvision's ImageFolder and a DataLoader.
+"""How fast images become batches, beside torchvision's ImageFolder and a DataLoader.
 
     python benchmarks/data_speed.py                        # JPEGs that it makes itself
-    python benchmarks/data_speed.py --path_to_data data    # of a folder or zip of pictures
+    python benchmarks/data_speed.py --path_to_data data    # of a folder or zip of images
     python benchmarks/data_speed.py --step_ms 80           # of your step, else it measures one
     python benchmarks/data_speed.py --full 202599          # also: prepare a zip of that many
 
-Both sides read the same files, crop, resize, scale and mirror them alike; that the pictures are
+Both sides read the same files, crop, resize, scale and mirror them alike; that the images are
 equal is asserted. This project decodes once, then takes its batches from an array; the loader
 decodes in each epoch. Both are in turn, round after round, and ratios are taken within a round.
 Everything is written to a temporary folder (TMPDIR says where) and removed.
@@ -55,36 +55,36 @@ WORKERS = (0, 2)  # processes of the DataLoader
 
 
 @dataclass(frozen=True)
-class DataSpeed:
-    """Which pictures, and how often."""
+class DataSpeedConfig:
+    """Which images, and how often."""
 
-    path_to_data: str = ""  # folder or zip of pictures; empty: JPEGs of 178x218, made for this
-    num_pictures: int = 4000  # how many of them
+    path_to_data: str = ""  # folder or zip of images; empty: JPEGs of 178x218, made for this
+    num_images: int = 4000  # how many of them
     img_size: int = 64  # pixels of a side
-    batch_size: int = 128  # pictures in a batch
+    batch_size: int = 128  # images in a batch
     rounds: int = 5  # turns that every row has
     step_ms: float = 0.0  # milliseconds of a training step; 0: measure the demo's network here
     device: str = ""  # where batches go, cpu or cuda; empty: the GPU where there is one
-    full: int = 0  # pictures of a zip to prepare as a whole; CelebA has 202599; 0: none
+    full: int = 0  # images of a zip to prepare as a whole; CelebA has 202599; 0: none
 
 
-def write_pictures(config: DataSpeed, root: Path) -> Path:
-    """Write the pictures into a folder `faces` of another one, as ImageFolder wants them; returns
+def write_images(config: DataSpeedConfig, root: Path) -> Path:
+    """Write the images into a folder `faces` of another one, as ImageFolder wants them; returns
     the other one, which has CelebA's name where they are CelebA's, so that they are cropped so."""
     files = open_files(Path(config.path_to_data)) if config.path_to_data else None
-    root = root / ("img_align_celeba" if files and is_aligned(files) else "pictures")
+    root = root / ("img_align_celeba" if files and is_aligned(files) else "images")
     (root / "faces").mkdir(parents=True)
     if files:
         names = [name for name in files.names if not celeba.is_list(name)]
-        for i, name in enumerate(names[: config.num_pictures]):
+        for i, name in enumerate(names[: config.num_images]):
             suffix = Path(name).suffix.lower()
             (root / "faces" / f"{i:06d}{suffix}").write_bytes(files.read(name))
         return root
     random = np.random.default_rng(0)
-    for i in range(config.num_pictures):
+    for i in range(config.num_images):
         colours = Image.fromarray(random.integers(0, 256, (7, 6, 3), dtype=np.uint8))
-        picture = colours.resize((178, 218), Image.Resampling.BICUBIC)
-        picture.save(root / "faces" / f"{i:06d}.jpg", quality=90)
+        image = colours.resize((178, 218), Image.Resampling.BICUBIC)
+        image.save(root / "faces" / f"{i:06d}.jpg", quality=90)
     return root
 
 
@@ -99,12 +99,12 @@ class Square:
     def __init__(self, aligned: bool):
         self.aligned = aligned
 
-    def __call__(self, picture: Image.Image) -> Image.Image:
-        return picture.crop(face_box(*picture.size, self.aligned))
+    def __call__(self, image: Image.Image) -> Image.Image:
+        return image.crop(face_box(*image.size, self.aligned))
 
 
 def image_folder(root: Path, img_size: int, mirror: bool) -> ImageFolder:
-    """torchvision's dataset of the pictures: what a loader would be given."""
+    """torchvision's dataset of the images: what a loader would be given."""
     steps = [
         Square(is_aligned(open_files(root))),
         transforms.Resize(img_size, transforms.InterpolationMode.BICUBIC),
@@ -115,16 +115,16 @@ def image_folder(root: Path, img_size: int, mirror: bool) -> ImageFolder:
     return ImageFolder(root, transforms.Compose(steps))
 
 
-def check_same_pictures(images: np.ndarray, theirs: ImageFolder) -> int:
-    """Assert that the first pictures are equal, pixel for pixel. Returns how many were compared.
+def check_same_images(images: np.ndarray, theirs: ImageFolder) -> int:
+    """Assert that the first images are equal, pixel for pixel. Returns how many were compared.
 
     images: (N, H, W, 3) uint8; theirs: a dataset that gives (3, H, W) in [-1, 1]"""
-    assert len(images) == len(theirs), f"{len(images)} pictures and {len(theirs)}"
+    assert len(images) == len(theirs), f"{len(images)} images and {len(theirs)}"
     count = min(64, len(images))
     for i in range(count):
         pixels = ((theirs[i][0] + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
         difference = np.abs(images[i].astype(int) - pixels).max()
-        assert difference == 0, f"picture {i} differs by up to {difference}"
+        assert difference == 0, f"image {i} differs by up to {difference}"
     return count
 
 
@@ -136,14 +136,14 @@ def prepare_anew(root: Path, img_size: int) -> Faces:
 
 
 def make_calls(
-    config: DataSpeed, root: Path, device: torch.device
+    config: DataSpeedConfig, root: Path, device: torch.device
 ) -> tuple[dict[str, Callable], dict[str, int]]:
-    """For each row a call that returns its seconds, and how many pictures go into it."""
+    """For each row a call that returns its seconds, and how many images go into it."""
     count = find_source(root).count
     faces = prepare_anew(root, config.img_size)
     theirs = image_folder(root, config.img_size, mirror=False)
-    compared = check_same_pictures(faces.images, theirs)
-    print(f"checked: {compared} pictures are the same on both sides, pixel for pixel")
+    compared = check_same_images(faces.images, theirs)
+    print(f"checked: {compared} images are the same on both sides, pixel for pixel")
     batches = Batches(faces, config.batch_size, device=device)
     turns = max(100, batches.per_epoch)
 
@@ -161,7 +161,7 @@ def make_calls(
 
     calls = {"decode_all": decode, "load_faces": lambda: prepare_anew(root, config.img_size)}
     calls |= {"Batches": take_batches}
-    pictures = {"decode_all": count, "load_faces": count, "Batches": turns * config.batch_size}
+    counts = {"decode_all": count, "load_faces": count, "Batches": turns * config.batch_size}
     dataset = image_folder(root, config.img_size, mirror=True)
     for workers in WORKERS:
         options = dict(batch_size=config.batch_size, shuffle=True, drop_last=True)
@@ -169,13 +169,13 @@ def make_calls(
         # The workers stay from epoch to epoch: their start is not counted.
         loader = DataLoader(dataset, num_workers=workers, persistent_workers=workers > 0, **options)
         calls[f"DataLoader {workers}"] = partial(go_through, loader)
-        pictures[f"DataLoader {workers}"] = len(loader) * config.batch_size
+        counts[f"DataLoader {workers}"] = len(loader) * config.batch_size
     for call in calls.values():
         call()  # the files are in the system's memory from here on, for all rows
-    return {name: partial(seconds_of, call, device) for name, call in calls.items()}, pictures
+    return {name: partial(seconds_of, call, device) for name, call in calls.items()}, counts
 
 
-def measure_step(config: DataSpeed, device: torch.device) -> float:
+def measure_step(config: DataSpeedConfig, device: torch.device) -> float:
     """Milliseconds of a training step of the demo's network."""
     config = replace(Config(**DEMO), img_size=config.img_size, batch_size=config.batch_size)
     with Worker(Ours, config, device) as worker:
@@ -193,8 +193,8 @@ class Preparation:
         return seconds, peak_memory(cpu)
 
 
-def prepare_zip(config: DataSpeed, root: Path) -> str:
-    """Make a zip of `full` pictures, the ones there again and again, and start twice with it.
+def prepare_zip(config: DataSpeedConfig, root: Path) -> str:
+    """Make a zip of `full` images, the ones there again and again, and start twice with it.
     Returns the line about it."""
     contents = [path.read_bytes() for path in sorted((root / "faces").iterdir())]
     path = root.parent / "full.zip"
@@ -207,13 +207,13 @@ def prepare_zip(config: DataSpeed, root: Path) -> str:
             starts.append(worker("run", path, config.img_size))
     (first, memory), (second, _) = starts
     return (
-        f"a zip of {config.full:,} pictures ({path.stat().st_size / 1e9:.2f} GB): prepared in"
-        f" {first / 60:.2f} minutes ({config.full / first:,.0f} pictures/s) with at most"
+        f"a zip of {config.full:,} images ({path.stat().st_size / 1e9:.2f} GB): prepared in"
+        f" {first / 60:.2f} minutes ({config.full / first:,.0f} images/s) with at most"
         f" {memory / 1e9:.2f} GB of memory; the second start takes {second:.2g} s"
     )
 
 
-def format_tables(config: DataSpeed, seconds: dict, pictures: dict, step_ms: float) -> str:
+def format_tables(config: DataSpeedConfig, seconds: dict, counts: dict, step_ms: float) -> str:
     """The table of preparing and the table of batches."""
     titles = {
         "decode_all": "this project: decoded",
@@ -221,14 +221,14 @@ def format_tables(config: DataSpeed, seconds: dict, pictures: dict, step_ms: flo
         "Batches": "this project: `Batches`",
     }
     titles |= {f"DataLoader {n}": f"ImageFolder, DataLoader, {n} workers" for n in WORKERS}
-    rates = {name: [pictures[name] / each for each in seconds[name]] for name in seconds}
+    rates = {name: [counts[name] / each for each in seconds[name]] for name in seconds}
     loaders = [f"DataLoader {n}" for n in WORKERS]
 
     lines = []
     for name in ["decode_all", "load_faces", *loaders]:
         times = [f"{ratio(rates[name], rates[loader]):.2f}" for loader in loaders]
         lines.append([titles[name], f"{median(rates[name]):,.0f}", *times])
-    columns = ["from files", "pictures/s", *(f"x {n} workers" for n in WORKERS)]
+    columns = ["from files", "images/s", *(f"x {n} workers" for n in WORKERS)]
     text = table(columns, lines)
 
     lines = []
@@ -243,9 +243,9 @@ def format_tables(config: DataSpeed, seconds: dict, pictures: dict, step_ms: flo
 
 def main() -> None:
     """The command line."""
-    description = "How fast pictures become batches, beside torchvision's ImageFolder."
-    config = cli.parse(DataSpeed, sys.argv[1:], description)
-    check_positive(config, "num_pictures", "img_size", "batch_size", "rounds")
+    description = "How fast images become batches, beside torchvision's ImageFolder."
+    config = cli.parse(DataSpeedConfig, sys.argv[1:], description)
+    check_positive(config, "num_images", "img_size", "batch_size", "rounds")
     if config.path_to_data:
         config = replace(config, path_to_data=str(Path(config.path_to_data).absolute()))
     device = find_device(config.device)
@@ -253,12 +253,12 @@ def main() -> None:
     step_ms = config.step_ms or measure_step(config, device)
     # The prepared arrays go into the current folder.
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-        root = write_pictures(config, Path(folder))
-        calls, pictures = make_calls(config, root, device)
+        root = write_images(config, Path(folder))
+        calls, counts = make_calls(config, root, device)
         seconds = measure(calls, config.rounds)
-        print(f"\n{format_tables(config, seconds, pictures, step_ms)}\n")
+        print(f"\n{format_tables(config, seconds, counts, step_ms)}\n")
         print(
-            f"{pictures['decode_all']:,} pictures to {config.img_size} px, batch"
+            f"{counts['decode_all']:,} images to {config.img_size} px, batch"
             f" {config.batch_size}, {config.rounds} rounds; files in the system's memory"
         )
         if config.full:

@@ -68,7 +68,7 @@ def diffusers_network(model: UNet) -> nn.Module:
 
 
 def forward_flops(model: nn.Module, img_size: int) -> int:
-    """Floating-point operations of a forward pass for one picture, two for each product and sum.
+    """Floating-point operations of a forward pass for one image, two for each product and sum.
 
     Counted on the meta device, where every network takes its plain path: no fused kernel that the
     counter might not know, and no products that stand in for sums on a CPU."""
@@ -87,7 +87,7 @@ class Row:
     network: nn.Module  # not compiled
     label = ""  # more about it, for the table
     same_network = True  # as the other rows'
-    flops: int  # of a forward pass for one picture
+    flops: int  # of a forward pass for one image
 
     def step(self) -> None:
         raise NotImplementedError
@@ -208,7 +208,7 @@ class Diffusers(Row):
 
     def step(self) -> None:
         """One update, as in the example's loop."""
-        # The noise, the times, the noisy pictures.
+        # The noise, the times, the noisy images.
         noise, count = torch.randn_like(self.clean), len(self.clean)
         times = torch.randint(0, len(self.scheduler.betas), (count,), device=self.device)
         noisy = self.scheduler.add_noise(self.clean, noise, times)

@@ -1,4 +1,4 @@
-"""How fast this project draws pictures, beside diffusers with the same weights.
+"""How fast this project generates images, beside diffusers with the same weights.
 
     python benchmarks/sample_speed.py                         # 32 px, 64 channels; 1000 steps last
     python benchmarks/sample_speed.py --ddpm_steps 0 --rounds 5    # without the slow sampler
@@ -6,13 +6,13 @@
 
     pip install -r requirements-test.txt
 
-A checkpoint with random weights is written; this project draws from it as `sample.py` does, and
+A checkpoint with random weights is written; this project generates from it as `sample.py` does, and
 diffusers with its own network, which holds the same weights, in its DDIMPipeline and DDPMPipeline,
 the latter also with DPMSolverMultistepScheduler. Each has a process of its own; they compute in
-turn, round after round, and ratios are taken within a round: as each draws where it is told nothing
-(this project in half precision where the machine has it, diffusers in float32), and both in either
-precision. Before that DDIM's pictures, in float32 from the same noise at the same timesteps, are
-asserted to agree to half a grey level.
+turn, round after round, and ratios are taken within a round: as each generates where it is told
+nothing (this project in half precision where the machine has it, diffusers in float32), and both in
+either precision. Before that DDIM's images, in float32 from the same noise at the same timesteps,
+are asserted to agree to half a grey level.
 """
 
 import sys
@@ -48,56 +48,59 @@ from train import Config
 from unet import UNet
 from utils import diffusion_arguments, save_checkpoint, unet_arguments
 
-HALF_A_GREY_LEVEL = 1 / 255  # pictures are in [-1, 1], in 255 steps
+HALF_A_GREY_LEVEL = 1 / 255  # images are in [-1, 1], in 255 steps
 SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}  # as diffusers names them
 
 
 @dataclass(frozen=True)
-class SampleSpeed:
-    """What to draw, and how long."""
+class SampleSpeedConfig:
+    """What to generate, and how long."""
 
     img_size: int = 32  # pixels of a side
     channels: int = 64  # channels of the first stage
     channel_mults: tuple[int, ...] = (1, 2, 2, 2)  # times `channels`, for each stage
-    num_images: int = 64  # pictures to draw, all in one batch
-    steps: tuple[int, ...] = (10, 20, 50)  # evaluations of the network, for ddim and dpm++
-    ddpm_steps: int = 1000  # evaluations for ddpm; 0: leave it out
+    num_images: int = 64  # images to generate, all in one batch
+    steps: tuple[int, ...] = (10, 20, 50)  # of ddim and dpm++
+    ddpm_steps: int = 1000  # of ddpm; 0: leave it out
     rounds: int = 3  # turns that every row has
     ddpm_rounds: int = 1  # turns that ddpm has
     device: str = ""  # cpu or cuda; empty: the GPU where there is one
 
 
-def config_of(config: SampleSpeed) -> Config:
+def config_of(config: SampleSpeedConfig) -> Config:
     """The constants of the network and its diffusion. Raises UsageError."""
     check_positive(config, "num_images", "rounds", "ddpm_rounds")
-    config = make_config(config.img_size, config.channels, config.channel_mults)
-    if not all(2 <= steps <= config.num_timesteps for steps in config.steps):
-        raise UsageError("--steps", f"is {config.steps}", f"give 2 to {config.num_timesteps}")
+    train_config = make_config(config.img_size, config.channels, config.channel_mults)
+    if not all(2 <= steps <= train_config.num_timesteps for steps in config.steps):
+        raise UsageError("--steps", f"is {config.steps}", f"give 2 to {train_config.num_timesteps}")
     if not config.steps and not config.ddpm_steps:
-        raise UsageError("--steps", "and --ddpm_steps leave nothing to draw", "give either")
-    if not 0 <= config.ddpm_steps <= config.num_timesteps:
+        raise UsageError("--steps", "and --ddpm_steps leave nothing to generate", "give either")
+    if not 0 <= config.ddpm_steps <= train_config.num_timesteps:
         raise UsageError(
-            "--ddpm_steps", f"is {config.ddpm_steps}", f"at most {config.num_timesteps}"
+            "--ddpm_steps", f"is {config.ddpm_steps}", f"at most {train_config.num_timesteps}"
         )
-    return config
+    return train_config
 
 
-def random_network(config: Config) -> UNet:
+def random_network(train_config: Config) -> UNet:
     """A network whose weights are all random: no layer is left at zero."""
     torch.manual_seed(0)
-    model = UNet(**unet_arguments(config))
+    model = UNet(**unet_arguments(train_config))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.02)
     return model
 
 
-def write_checkpoint(config: Config, path: Path) -> None:
+def write_checkpoint(train_config: Config, path: Path) -> None:
     """A checkpoint as `sample.py` reads it."""
-    weights = random_network(config).state_dict()
-    networks = {"unet": unet_arguments(config), "diffusion": diffusion_arguments(config)}
+    weights = random_network(train_config).state_dict()
+    networks = {
+        "unet": unet_arguments(train_config),
+        "diffusion": diffusion_arguments(train_config),
+    }
     networks |= {"model": weights, "ema": {"model": weights, "num_updates": 0}}
-    save_checkpoint(path, {"settings": asdict(config), "step": 0, **networks})
+    save_checkpoint(path, {"settings": asdict(train_config), "step": 0, **networks})
 
 
 class Ours:
@@ -110,14 +113,14 @@ class Ours:
         if not half:
             self.trained = replace(self.trained, dtype=None)
 
-    def draw(self, sampler: str, steps: int, num_images: int) -> Tensor:
+    def generate(self, sampler: str, steps: int, num_images: int) -> Tensor:
         """(N, 3, H, W) in [-1, 1], on the CPU."""
         options = dict(batch_size=num_images, sampler=sampler, steps=steps)
         return torch.cat([x.cpu() for x in generate(self.trained, range(num_images), **options)])
 
     def time(self, sampler: str, steps: int, num_images: int) -> float:
-        """Seconds for the pictures."""
-        seconds = seconds_of(lambda: self.draw(sampler, steps, num_images), self.device)
+        """Seconds for the images."""
+        seconds = seconds_of(lambda: self.generate(sampler, steps, num_images), self.device)
         empty_cache(self.device)
         return seconds
 
@@ -128,35 +131,37 @@ class Diffusers:
 
     def __init__(self, path: Path, device: torch.device, half: bool):
         trained = load_trained(path, device="cpu")
-        self.config, self.device, self.ours = Config(**trained.settings), device, trained.model
-        self.network = diffusers_network(self.ours).eval().to(device)
+        self.train_config, self.ours = Config(**trained.settings), trained.model
+        self.device, self.network = device, diffusers_network(self.ours).eval().to(device)
         self.autocast = half and device.type == "cpu"
         if half and not self.autocast:
             self.network.half()
 
-    def draw(self, sampler: str, steps: int, num_images: int) -> Tensor:
+    def generate(self, sampler: str, steps: int, num_images: int) -> Tensor:
         """(N, 3, H, W) in [-1, 1], on the CPU."""
         with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
-            return draw_with_diffusers(self.network, self.config, sampler, steps, num_images)
+            return generate_with_diffusers(
+                self.network, self.train_config, sampler, steps, num_images
+            )
 
     def time(self, sampler: str, steps: int, num_images: int) -> float:
-        """Seconds for the pictures."""
-        seconds = seconds_of(lambda: self.draw(sampler, steps, num_images), self.device)
+        """Seconds for the images."""
+        seconds = seconds_of(lambda: self.generate(sampler, steps, num_images), self.device)
         empty_cache(self.device)
         return seconds
 
     def compare(self, steps: int, num_images: int) -> tuple[float, int]:
-        """Assert that this network is ours. Returns the largest difference of their pictures and
+        """Assert that this network is ours. Returns the largest difference of their images and
         the number of their weights."""
         networks = (self.ours.to(self.device), self.network)
         weights = [sum(p.numel() for p in network.parameters()) for network in networks]
         assert weights[0] == weights[1], f"not the same number of weights: {weights}"
-        return largest_difference(*networks, self.config, steps, num_images), weights[0]
+        return largest_difference(*networks, self.train_config, steps, num_images), weights[0]
 
 
-def draw_with_diffusers(
+def generate_with_diffusers(
     network: nn.Module,
-    config: Config,
+    train_config: Config,
     sampler: str,
     steps: int,
     num_images: int,
@@ -166,12 +171,12 @@ def draw_with_diffusers(
     """(N, 3, H, W) in [-1, 1], on the CPU, from the noise of that seed."""
     import diffusers
 
-    schedule = SCHEDULES[config.noise_schedule]
+    schedule = SCHEDULES[train_config.noise_schedule]
     scheduler = {
         "ddim": diffusers.DDIMScheduler,
         "ddpm": diffusers.DDPMScheduler,
         "dpm++": diffusers.DPMSolverMultistepScheduler,
-    }[sampler](config.num_timesteps, beta_schedule=schedule)
+    }[sampler](train_config.num_timesteps, beta_schedule=schedule)
     make = diffusers.DDIMPipeline if sampler == "ddim" else diffusers.DDPMPipeline
     pipeline = make(network, scheduler)
     pipeline.set_progress_bar_config(disable=True)
@@ -182,27 +187,27 @@ def draw_with_diffusers(
 
 
 def largest_difference(
-    ours: nn.Module, theirs: nn.Module, config: Config, steps: int, num_images: int
+    ours: nn.Module, theirs: nn.Module, train_config: Config, steps: int, num_images: int
 ) -> float:
-    """Between the two networks' pictures of DDIM, in float32: asserted to be below half a grey
+    """Between the two networks' images of DDIM, in float32: asserted to be below half a grey
     level. Both start at the same noise and take diffusers' timesteps, each T / steps apart."""
     device = next(ours.parameters()).device
     tf32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
     options = dict(eta=0.0, use_clipped_model_output=True)
-    expected = draw_with_diffusers(theirs, config, "ddim", steps, num_images, **options)
-    diffusion = Diffusion(**diffusion_arguments(config), device=device)
-    diffusion.timesteps = lambda steps: torch.arange(steps) * (config.num_timesteps // steps)
+    expected = generate_with_diffusers(theirs, train_config, "ddim", steps, num_images, **options)
+    diffusion = Diffusion(**diffusion_arguments(train_config), device=device)
+    diffusion.timesteps = lambda steps: torch.arange(steps) * (train_config.num_timesteps // steps)
     noise = torch.randn(expected.shape, generator=torch.Generator().manual_seed(0))
-    drawn = diffusion.sample(ours, expected.shape, sampler="ddim", steps=steps, x_T=noise).cpu()
+    images = diffusion.sample(ours, expected.shape, sampler="ddim", steps=steps, x_T=noise).cpu()
     torch.backends.cudnn.allow_tf32 = tf32
-    difference = float((drawn - expected).abs().max())
-    assert expected.std() > 0.1, "empty pictures agree too easily"
-    assert difference < HALF_A_GREY_LEVEL, f"the pictures differ by up to {difference}"
+    difference = float((images - expected).abs().max())
+    assert expected.std() > 0.1, "empty images agree too easily"
+    assert difference < HALF_A_GREY_LEVEL, f"the images differ by up to {difference}"
     return difference
 
 
-def run_rows(config: SampleSpeed, path: Path, device: torch.device) -> list[dict[str, str]]:
-    """The lines of the table, by column. Before them the pictures are compared."""
+def run_rows(config: SampleSpeedConfig, path: Path, device: torch.device) -> list[dict[str, str]]:
+    """The lines of the table, by column. Before them the images are compared."""
     kinds = [(sampler, n, config.rounds) for sampler in ("ddim", "dpm++") for n in config.steps]
     if config.ddpm_steps:
         kinds.append(("ddpm", config.ddpm_steps, config.ddpm_rounds))
@@ -219,8 +224,8 @@ def run_rows(config: SampleSpeed, path: Path, device: torch.device) -> list[dict
         steps, count = min(config.steps, default=10), min(8, config.num_images)
         difference, weights = workers["diffusers"]("compare", steps, count)
         print(
-            f"checked: both hold {weights:,} weights, and {count} pictures of DDIM at {steps}"
-            f" evaluations differ by at most {difference:.1e}, of a range of 2"
+            f"checked: both hold {weights:,} weights, and {count} images of DDIM at {steps}"
+            f" steps differ by at most {difference:.1e}, of a range of 2"
         )
         for sampler, steps, rounds in kinds:
             calls = {}
@@ -228,7 +233,7 @@ def run_rows(config: SampleSpeed, path: Path, device: torch.device) -> list[dict
                 worker("time", sampler, min(steps, 4), config.num_images)  # warms up
                 calls[name] = partial(worker, "time", sampler, steps, config.num_images)
             seconds = measure(calls, rounds)
-            line = {"sampler": sampler, "evaluations": f"{steps}"}
+            line = {"sampler": sampler, "steps": f"{steps}"}
             line |= {f"{name} s": f"{median(each):.3g}" for name, each in seconds.items()}
             for column, theirs, ours in ratios:
                 line[column] = f"{ratio(seconds[theirs], seconds[ours]):.2f}"
@@ -238,18 +243,18 @@ def run_rows(config: SampleSpeed, path: Path, device: torch.device) -> list[dict
 
 def main() -> None:
     """The command line."""
-    description = "How fast this project draws pictures, beside diffusers with the same weights."
-    config = cli.parse(SampleSpeed, sys.argv[1:], description)
-    config, device = config_of(config), find_device(config.device)
+    description = "How fast this project generates images, beside diffusers with the same weights."
+    config = cli.parse(SampleSpeedConfig, sys.argv[1:], description)
+    train_config, device = config_of(config), find_device(config.device)
     about_machine = machine(device)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "random.pt"
-        write_checkpoint(config, path)
+        write_checkpoint(train_config, path)
         lines = run_rows(config, path, device)
     rows = [list(line.values()) for line in lines]
     print(f"\n{table(list(lines[0]), rows)}\n")
     print(
-        f"{config.num_images} pictures of {config.img_size} px in a batch, {config.rounds} rounds"
+        f"{config.num_images} images of {config.img_size} px in a batch, {config.rounds} rounds"
         f" (ddpm: {config.ddpm_rounds})"
     )
     print(about_machine)

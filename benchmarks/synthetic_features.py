@@ -31,17 +31,17 @@ NUM_FACES = 12_000
 EPOCHS = 4
 
 
-def draw(first: int, count: int) -> tuple[Tensor, Tensor]:
-    """Generated faces (count, 3, S, S) in [-1, 1], and what they have, (count, all) of 1 and 0."""
-    drawn = trange(first, first + count, desc="drawing faces", disable=None)
-    faces = [synthetic.render_face(i, IMG_SIZE) for i in drawn]
+def render_faces(first: int, count: int) -> tuple[Tensor, Tensor]:
+    """Synthetic faces (count, 3, S, S) in [-1, 1], and what they have, (count, all) of 1 and 0."""
+    indices = trange(first, first + count, desc="rendering faces", disable=None)
+    faces = [synthetic.render_face(i, IMG_SIZE) for i in indices]
     pixels = torch.stack([torch.from_numpy(pixels) for pixels, _ in faces])
     has = torch.stack([torch.from_numpy(values) for _, values in faces])
     return to_x_0(pixels), (has > 0).float()
 
 
 class Classifier(nn.Module):
-    """Three convolutions that halve the picture, and one layer for all attributes."""
+    """Three convolutions that halve the image, and one layer for all attributes."""
 
     def __init__(self):
         super().__init__()
@@ -67,7 +67,7 @@ class Classifier(nn.Module):
 def learn() -> tuple[Classifier, Tensor]:
     """A classifier, and its accuracy for each attribute on 2,000 faces it has not seen."""
     torch.manual_seed(0)
-    faces, has = draw(FIRST, NUM_FACES)
+    faces, has = render_faces(FIRST, NUM_FACES)
     model = Classifier()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     steps = EPOCHS * NUM_FACES // 64
@@ -80,7 +80,7 @@ def learn() -> tuple[Classifier, Tensor]:
         optimizer.step()
         schedule.step()
     model.eval()
-    faces, has = draw(FIRST + NUM_FACES, 2000)
+    faces, has = render_faces(FIRST + NUM_FACES, 2000)
     with torch.no_grad():
         right = ((model(faces) > 0) == (has > 0)).float().mean(0)
     return model, right
@@ -89,7 +89,7 @@ def learn() -> tuple[Classifier, Tensor]:
 def classifier() -> tuple[Classifier, Tensor]:
     """`learn`'s result, from the disk where it has been kept there."""
     code = b"".join(Path(file).read_bytes() for file in (__file__, synthetic.__file__))
-    path = PREPARED / f"drawn_features_{hashlib.sha256(code).hexdigest()[:16]}.pt"
+    path = PREPARED / f"synthetic_features_{hashlib.sha256(code).hexdigest()[:16]}.pt"
     if not path.exists():
         say(f"learning the attributes of synthetic faces once, for {path}")
         model, right = learn()
@@ -101,5 +101,5 @@ def classifier() -> tuple[Classifier, Tensor]:
 
 
 def load() -> Callable[[Tensor], Tensor]:
-    """For evaluate.py: a function from uint8 pictures (B, 3, 32, 32) to vectors (B, 128)."""
+    """For evaluate.py: a function from uint8 images (B, 3, 32, 32) to vectors (B, 128)."""
     return classifier()[0].features

@@ -12,7 +12,7 @@ each has its own memory to show. They compute in turn, one at a time, round afte
 taken within a round, and of each number the median over the rounds is shown. This project's rows
 run `train.train_step` and `Watch.add`, with the making of the batch. The others find one batch
 ready on the device, and diffusers' network has the same weights and FLOPs, which is asserted. A
-picture costs three times the FLOPs of its forward pass.
+image costs three times the FLOPs of its forward pass.
 """
 
 import importlib.util
@@ -54,13 +54,13 @@ ROWS = {
 
 
 @dataclass(frozen=True)
-class TrainSpeed:
+class TrainSpeedConfig:
     """What to train, and how long."""
 
     img_size: int = 32  # pixels of a side
     channels: int = 64  # channels of the first stage
     channel_mults: tuple[int, ...] = (1, 2, 2, 2)  # times `channels`, for each stage
-    batch_size: int = 32  # pictures in a step
+    batch_size: int = 32  # images in a step
     rounds: int = 5  # turns that every row has
     steps_per_round: int = 2  # steps that are timed in a turn, after one that is not
     rows: tuple[str, ...] = ()  # names of the rows to measure; empty: all
@@ -76,14 +76,14 @@ class Measured:
     memory: int = 0  # bytes, at most
 
 
-def config_of(config: TrainSpeed, **changes) -> Config:
+def config_of(config: TrainSpeedConfig, **changes) -> Config:
     """The constants of the rows."""
     check_positive(config, "rounds", "steps_per_round")
     shape = (config.img_size, config.channels, config.channel_mults)
     return make_config(*shape, batch_size=config.batch_size, **changes)
 
 
-def makers(config: TrainSpeed, device: torch.device) -> dict[str, tuple]:
+def makers(config: TrainSpeedConfig, device: torch.device) -> dict[str, tuple]:
     """For each row that can be measured here, its class and arguments. Names the others."""
     for name in config.rows:
         if name not in ROWS:
@@ -91,9 +91,9 @@ def makers(config: TrainSpeed, device: torch.device) -> dict[str, tuple]:
     gpu = device.type == "cuda"
     bf16 = gpu or torch.cpu._is_avx512_bf16_supported()
     lucid = importlib.util.find_spec("denoising_diffusion_pytorch") is not None
-    config = partial(config_of, config)
-    plain, on_bf16 = config(), config(mixed_precision="bf16")
-    float32 = config(mixed_precision="no")
+    train_config = partial(config_of, config)
+    plain, on_bf16 = train_config(), train_config(mixed_precision="bf16")
+    float32 = train_config(mixed_precision="no")
     every = {
         "ours": (True, Ours, plain, device),
         "ours-bf16": (gpu, Ours, on_bf16, device),
@@ -124,11 +124,13 @@ def check_same_network(abouts: dict[str, dict]) -> str:
     assert most <= 1.03 * least, f"not the same number of FLOPs: {flops}"
     return (
         f"checked: {len(same)} rows train {next(iter(weights.values())):,} weights with"
-        f" {least / 1e9:.4g} GFLOP a forward pass and picture, within {most / least - 1:.2%}"
+        f" {least / 1e9:.4g} GFLOP a forward pass and image, within {most / least - 1:.2%}"
     )
 
 
-def run_rows(config: TrainSpeed, device: torch.device) -> tuple[dict[str, Measured], dict, dict]:
+def run_rows(
+    config: TrainSpeedConfig, device: torch.device
+) -> tuple[dict[str, Measured], dict, dict]:
     """Measure all rows in turn. Returns them, what the machine can do in each precision (TFLOP/s of
     matrix products and of convolutions, in each round), and the parts of our step."""
     with ExitStack() as stack:
@@ -157,12 +159,14 @@ def run_rows(config: TrainSpeed, device: torch.device) -> tuple[dict[str, Measur
     return rows, rates, parts
 
 
-def format_rows(config: TrainSpeed, rows: dict[str, Measured], rates: dict, reference: str) -> str:
+def format_rows(
+    config: TrainSpeedConfig, rows: dict[str, Measured], rates: dict, reference: str
+) -> str:
     """The table: every number is the median over the rounds."""
     lines = []
     for name, row in rows.items():
         speeds = [config.batch_size / seconds for seconds in row.seconds]
-        work = 3 * row.about["flops"] / 1e12  # TFLOP for a picture
+        work = 3 * row.about["flops"] / 1e12  # TFLOP for a image
         shares = []
         for rate in zip(*rates[row.about["precision"]], strict=True):
             shares.append(f"{ratio([speed * work for speed in speeds], rate):.1%}")
@@ -210,7 +214,7 @@ def main() -> None:
     """The command line."""
     rows = "\n\n".join(f"{name}: {about}." for name, about in ROWS.items())
     description = f"How fast this project trains, beside its peers. Rows:\n\n{rows}"
-    config = cli.parse(TrainSpeed, sys.argv[1:], description)
+    config = cli.parse(TrainSpeedConfig, sys.argv[1:], description)
     device = find_device(config.device)
     about_machine = machine(device)
     measured, rates, parts = run_rows(config, device)

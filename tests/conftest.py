@@ -56,6 +56,16 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.fixture
+def fresh_imports():
+    """What a test imports from its own folder is not there for the next one."""
+    path = list(sys.path)
+    sys.modules.pop("mine", None)
+    yield
+    sys.modules.pop("mine", None)
+    sys.path[:] = path
+
+
 def write_pictures(folder: Path, count: int) -> None:
     """`pictures/` in a folder, with so many pictures of random pixels."""
     (folder / "pictures").mkdir()

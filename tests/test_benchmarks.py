@@ -39,7 +39,7 @@ def read_tables(text: str) -> list[dict[str, dict[str, str]]]:
             tables.append({})
         elif set(line) - set("|-: "):
             row = dict(zip(columns, cells, strict=True))
-            tables[-1][" ".join(cells[: 2 if columns[1] == "evaluations" else 1])] = row
+            tables[-1][" ".join(cells[: 2 if columns[1] == "steps" else 1])] = row
     return tables
 
 
@@ -98,16 +98,16 @@ def test_sample_speed_has_its_rows_and_columns(tmp_path, monkeypatch):
 
 def test_data_speed_has_its_rows_and_columns(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    small = ["--num_pictures", "24", "--img_size", "8", "--batch_size", "4", "--rounds", "1"]
+    small = ["--num_images", "24", "--img_size", "8", "--batch_size", "4", "--rounds", "1"]
     text = run("data_speed", *small, "--step_ms", "10", "--full", "30", *CPU)
     files, training = read_tables(text)
     assert len(files) == 4 and len(training) == 3
-    assert all(float(row["pictures/s"].replace(",", "")) > 0 for row in files.values())
+    assert all(float(row["images/s"].replace(",", "")) > 0 for row in files.values())
     for row in training.values():
         share = float(row["of a step of 10 ms"].rstrip("%")) / 100
         assert share == pytest.approx(float(row["ms a batch"]) / 10, rel=0.01, abs=1e-4)
-    assert "checked: 24 pictures are the same" in text
-    assert "a zip of 30 pictures" in text and "the second start takes" in text
+    assert "checked: 24 images are the same" in text
+    assert "a zip of 30 images" in text and "the second start takes" in text
     assert not list(tmp_path.iterdir())
 
 
@@ -125,7 +125,15 @@ PEERS = [name for name in quality.PEERS if importlib.util.find_spec(name.replace
 
 
 def test_quality_trains_each_peer_for_the_minutes_and_measures_all(short_run):
-    config = ["--checkpoint", "run", "--path_to_data", "pictures", "--minutes", "0.02", *CPU]
+    config = [
+        "--checkpoint",
+        "run",
+        "--path_to_data",
+        TINY["path_to_data"],
+        "--minutes",
+        "0.02",
+        *CPU,
+    ]
     config += ["--steps", "3", "--num_images", "4", "--batch_size", "3", "--samplers", "dpm++:2"]
     config += ["--features", "mine:load", "--peers", *PEERS]
     text = run("quality", *config)
@@ -138,8 +146,8 @@ def test_quality_trains_each_peer_for_the_minutes_and_measures_all(short_run):
         (folder,) = Path("quality").glob(f"{name}_0.02_minutes_*")
         state = load_checkpoint(folder / "state.pt")
         assert state["step"] > 1 and 1.2 <= state["seconds"] < 10
-        assert len(list((folder / "drawn_3").iterdir())) == 2
-    assert Image.open("quality/pictures.png").size[0] > 4 * 10
+        assert len(list((folder / "generated_3").iterdir())) == 2
+    assert Image.open("quality/samplers.png").size[0] > 4 * 10
 
     # Once more: all is there.
     (again, _) = read_tables(run("quality", *config))
@@ -150,7 +158,7 @@ def test_quality_trains_each_peer_for_the_minutes_and_measures_all(short_run):
 def test_a_peer_goes_on_with_the_training_that_was_kept(short_run, name):
     torch.manual_seed(0)
     config = replace(SMALL, batch_size=4)
-    batches = Batches(load_faces("pictures", 8), config.batch_size)
+    batches = Batches(load_faces(TINY["path_to_data"], 8), config.batch_size)
     path, cpu = short_run / "state.pt", torch.device("cpu")
     first, second = (quality.make_peer(name, config, cpu) for _ in range(2))
     before = {key: value.clone() for key, value in first.network.state_dict().items()}
@@ -163,10 +171,10 @@ def test_a_peer_goes_on_with_the_training_that_was_kept(short_run, name):
         assert tensors_equal(one.state_dict(), kept[part]), part
     further, _ = quality.train_for(second, batches, path, spent + 0.3)
     assert further > step
-    pictures = second.draw(config, 3, 2, seed=1)
-    assert pictures.shape == (2, 3, 8, 8) and pictures.abs().max() <= 1
-    assert torch.equal(second.draw(config, 3, 2, seed=1), pictures)
-    assert not torch.equal(second.draw(config, 3, 2, seed=2), pictures)
+    images = second.generate(config, 3, 2, seed=1)
+    assert images.shape == (2, 3, 8, 8) and images.abs().max() <= 1
+    assert torch.equal(second.generate(config, 3, 2, seed=1), images)
+    assert not torch.equal(second.generate(config, 3, 2, seed=2), images)
 
 
 @pytest.mark.parametrize(
@@ -215,7 +223,7 @@ def test_flops_are_two_for_each_product_and_equal_in_both_networks():
     assert forward_flops(ours, 8) == forward_flops(diffusers_network(ours), 8)
 
 
-def test_pictures_that_differ_are_not_compared():
+def test_images_that_differ_are_not_compared():
     ours = sample_speed.random_network(SMALL).eval()
     theirs = diffusers_network(ours).eval()
     assert sample_speed.largest_difference(ours, theirs, SMALL, steps=3, num_images=2) < 1e-4
@@ -226,15 +234,15 @@ def test_pictures_that_differ_are_not_compared():
         sample_speed.largest_difference(other, theirs, SMALL, steps=3, num_images=2)
 
 
-def test_decoded_pictures_that_differ_are_not_compared():
+def test_decoded_images_that_differ_are_not_compared():
     images = np.random.default_rng(0).integers(0, 256, (5, 4, 4, 3), dtype=np.uint8)
     theirs = [(torch.from_numpy(image).permute(2, 0, 1) / 127.5 - 1, 0) for image in images]
-    assert data_speed.check_same_pictures(images, theirs) == 5
+    assert data_speed.check_same_images(images, theirs) == 5
     images[3, 2, 1, 0] ^= 1
-    with pytest.raises(AssertionError, match="picture 3"):
-        data_speed.check_same_pictures(images, theirs)
-    with pytest.raises(AssertionError, match="4 pictures"):
-        data_speed.check_same_pictures(images[:4], theirs)
+    with pytest.raises(AssertionError, match="image 3"):
+        data_speed.check_same_images(images, theirs)
+    with pytest.raises(AssertionError, match="4 images"):
+        data_speed.check_same_images(images[:4], theirs)
 
 
 def test_rounds_alternate_and_ratios_are_taken_within_a_round():

@@ -19,8 +19,8 @@ ASKED = ("Smiling", "Eyeglasses")
 
 
 def conditional(**changes) -> Config:
-    known = dict(path_to_data="synthetic", attributes=ASKED, batch_size=8, prediction="v")
-    return tiny(**{**known, **changes})
+    usual = dict(path_to_data="synthetic", attributes=ASKED, batch_size=8, prediction="v")
+    return tiny(**{**usual, **changes})
 
 
 @pytest.fixture(autouse=True)
@@ -86,19 +86,19 @@ def test_grids_of_a_conditional_run_are_labelled_sheets(run):
     assert grid.height == 4 * 10 + 2 and grid.width > 12 + 40  # 1 column of 8 px, and the labels
 
 
-def drawn(**options):
+def saved_grid(**options):
     out = sample(SampleConfig(checkpoint="run", num_images=3, steps=3, out="grid.png", **options))
     return np.asarray(Image.open(out)).astype(int)
 
 
-def test_what_is_asked_for_changes_the_pictures(run):
-    anything = drawn()
-    smiling, not_smiling = drawn(condition=("Smiling",)), drawn(condition=("Smiling=-1",))
+def test_what_is_asked_for_changes_the_images(run):
+    anything = saved_grid()
+    smiling, not_smiling = saved_grid(condition=("Smiling",)), saved_grid(condition=("Smiling=-1",))
     assert not np.array_equal(anything, smiling) and not np.array_equal(smiling, not_smiling)
-    assert np.array_equal(smiling, drawn(condition=("Smiling=1",)))
-    assert np.array_equal(anything, drawn(condition=("Smiling=0",)))
-    assert not np.array_equal(smiling, drawn(condition=("Smiling",), guidance=3.0))
-    both = drawn(condition=("Smiling", "Eyeglasses=-1"))
+    assert np.array_equal(smiling, saved_grid(condition=("Smiling=1",)))
+    assert np.array_equal(anything, saved_grid(condition=("Smiling=0",)))
+    assert not np.array_equal(smiling, saved_grid(condition=("Smiling",), guidance=3.0))
+    both = saved_grid(condition=("Smiling", "Eyeglasses=-1"))
     assert not np.array_equal(smiling, both)
 
 
@@ -111,7 +111,7 @@ def test_every_sampler_and_output_takes_a_condition(run, sampler):
 
 def test_sheet_has_a_row_for_each_attribute_on_and_off_from_the_same_noise(run):
     trained = load_trained(run)
-    assert trained.attributes == ASKED
+    assert trained.attribute_names == ASKED
     sheet = Image.open(
         sample(SampleConfig("run", num_images=3, steps=3, sheet=True, out="sheet.png"))
     )
@@ -159,13 +159,13 @@ def test_only_trains_on_the_matching_faces(capsys):
         ({"batch_size": 10_000_000}, 3, ("--batch_size",)),
     ],
 )
-def test_bad_wishes_in_training_are_one_line(changes, code, parts):
+def test_bad_flags_in_training_are_one_line(changes, code, parts):
     result = run_script("train.py", *flags({**TINY, "path_to_data": "synthetic", **changes}))
     assert_error(result, code, *parts)
     assert not list_checkpoints(dataset.Path("run"))
 
 
-def test_attributes_of_pictures_that_have_none_are_refused(here):
+def test_attributes_of_images_that_have_none_are_refused(here):
     result = run_script("train.py", *flags({**TINY, "attributes": ("Smiling",)}))
     assert_error(result, 3, "attributes")
 
@@ -179,7 +179,7 @@ def test_attributes_of_pictures_that_have_none_are_refused(here):
         ({"guidance": -1.0, "condition": ("Smiling",)}, "--guidance"),
     ],
 )
-def test_bad_wishes_in_sampling_are_one_line(run, options, text):
+def test_bad_flags_in_sampling_are_one_line(run, options, text):
     with pytest.raises(UsageError, match=text):
         sample(SampleConfig("run", num_images=2, steps=2, out="no.png", **options))
     assert not dataset.Path("no.png").exists()

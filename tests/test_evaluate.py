@@ -1,4 +1,4 @@
-"""What is said of a checkpoint: complete, repeatable, and never of the wrong pictures."""
+"""What is said of a checkpoint: complete, repeatable, and never of the wrong images."""
 
 import json
 import shutil
@@ -14,16 +14,17 @@ import evaluate as evaluate_module
 import sources
 from dataset import load_faces
 from errors import DataError, UserError
-from evaluate import EvaluateConfig, evaluate, measure_pictures, split_real
-from generate import generate, load_trained
+from evaluate import EvaluateConfig, evaluate, measure_images, split_real
+from generate import Generated, generate, load_trained
 from images import to_uint8
 from metrics import find_features
 from train import Config, train
 from utils import checkpoint_path, load_checkpoint, save_checkpoint
 
+DATA = TINY["path_to_data"]
 SMALL = EvaluateConfig(
     checkpoint="run",
-    path_to_data="pictures",
+    path_to_data=DATA,
     num_images=6,
     samplers=("dpm++:2", "ddim:3"),
     features="mine:load",
@@ -38,7 +39,7 @@ def as_flags(config: EvaluateConfig) -> list[str]:
 
 @pytest.fixture(scope="module")
 def trained_once(tmp_path_factory):
-    """A folder with 60 pictures, three of them held out, a run on them, and a user's features."""
+    """A folder with 60 images, three of them held out, a run on them, and a user's features."""
     folder = tmp_path_factory.mktemp("evaluated")
     write_pictures(folder, 60)
     (folder / "mine.py").write_text(
@@ -52,7 +53,7 @@ def trained_once(tmp_path_factory):
 
 
 @pytest.fixture
-def run(trained_once, tmp_path, monkeypatch):
+def run(trained_once, tmp_path, monkeypatch, fresh_imports):
     """A copy of it as the current folder; returns the run's."""
     shutil.copytree(trained_once, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
@@ -96,25 +97,25 @@ def test_same_evaluation_twice_gives_the_same_numbers(run):
         assert values["frechet"] == again["samplers"][name]["frechet"]
 
 
-def test_pictures_are_those_that_sample_draws(run):
+def test_images_are_those_that_sample_generates(run):
     evaluate(SMALL)
     trained = load_trained("run")
     expected = torch.cat(list(generate(trained, range(6), sampler="ddim", steps=3)))
     paths = sorted((run / "evaluation" / "generated").glob("ddim_3_ema*/*.npz"))
     kept = np.concatenate([np.load(path)["images"] for path in paths])
-    difference = kept.astype(int) - to_uint8(expected).permute(0, 2, 3, 1).numpy().astype(int)
+    difference = kept.astype(int) - to_uint8(expected).numpy().astype(int)
     assert np.abs(difference).max() <= 1
 
 
 @pytest.mark.parametrize("count", [3, 4, 5, 8, 9])
-def test_just_as_many_pictures_are_drawn_as_asked(run, count):
+def test_just_as_many_images_are_generated_as_asked(run, count):
     evaluate(replace(SMALL, num_images=count, features="none", loss_draws=0))
     for sampler in ("dpm++_2", "ddim_3"):
         (folder,) = (run / "evaluation" / "generated").glob(f"{sampler}_*")
         assert sum(len(np.load(path)["images"]) for path in folder.iterdir()) == count
 
 
-def test_stopped_in_the_middle_it_goes_on_from_what_is_drawn(run, monkeypatch):
+def test_stopped_in_the_middle_it_goes_on_from_what_is_kept(run, monkeypatch):
     calls, real = [], evaluate_module.generate
 
     def interrupted(trained, numbers, *args, **options):
@@ -135,7 +136,7 @@ def test_stopped_in_the_middle_it_goes_on_from_what_is_drawn(run, monkeypatch):
     assert [(numbers.start, numbers.stop) for numbers in calls[8:]] == [(12, 16)]
 
 
-def test_other_weights_seeds_and_checkpoints_share_no_pictures(run):
+def test_other_weights_seeds_and_checkpoints_share_no_images(run):
     config = replace(SMALL, features="none", loss_draws=0, samplers=("dpm++:2",))
     evaluate(config)
     evaluate(replace(config, raw=True))
@@ -144,12 +145,12 @@ def test_other_weights_seeds_and_checkpoints_share_no_pictures(run):
     evaluate(config)
     folders = sorted((run / "evaluation" / "generated").iterdir())
     assert len(folders) == 4
-    pictures = [np.load(sorted(folder.iterdir())[0])["images"] for folder in folders]
-    assert all((a != b).any() for i, a in enumerate(pictures) for b in pictures[:i])
+    images = [np.load(sorted(folder.iterdir())[0])["images"] for folder in folders]
+    assert all((a != b).any() for i, a in enumerate(images) for b in images[:i])
 
 
 def test_real_faces_are_split_without_overlap(run):
-    faces = load_faces("pictures", 8)
+    faces = load_faces(DATA, 8)
     for count in (2, 3, 20):
         floor, reference = split_real(replace(SMALL, num_images=count), faces)
         assert len(floor) == count and not set(floor) & set(reference)
@@ -160,12 +161,12 @@ def test_real_faces_are_split_without_overlap(run):
 
 
 def test_planted_training_faces_are_called_copies(run):
-    faces = load_faces("pictures", 8)
+    faces = load_faces(DATA, 8)
     images = faces.images[faces.train[10:16]]
-    drawn = [evaluate_module.Generated("planted", np.asarray(images), 1.0)]
+    planted = [Generated("planted", np.asarray(images), 1.0)]
     features = find_features("mine:load")
     real = split_real(SMALL, faces)
-    said, (by_pixels, by_features) = measure_pictures(SMALL, faces, features, drawn, real)
+    said, (by_pixels, by_features) = measure_images(SMALL, faces, features, planted, real)
     for way in ("pixels", "features"):
         assert said["nearest"][f"generated, by {way}"]["copies"] == 1
         assert said["nearest"][f"generated, by {way}"]["median_distance"] == 0
@@ -202,15 +203,15 @@ def test_held_out_loss_of_an_evaluation_uses_the_weights_it_names(run):
 
 
 def test_other_faces_than_those_of_the_training_are_said(run, capsys):
-    (run.parent / "pictures" / "000.png").unlink()
+    (run.parent / DATA / "000.png").unlink()
     evaluate(replace(SMALL, features="none", loss_draws=0))
     assert "note: it was trained on other faces" in capsys.readouterr().out
 
 
 def test_faces_come_in_the_checkpoints_size(run):
-    load_faces("pictures", 16)  # another size lies prepared beside it
+    load_faces(DATA, 16)  # another size lies prepared beside it
     evaluate(replace(SMALL, features="none"))
-    assert "_8_" in read(run)["data"]
+    assert "_8_" in read(run)["key"]
 
 
 @pytest.mark.parametrize(
@@ -228,7 +229,7 @@ def test_faces_come_in_the_checkpoints_size(run):
         (dict(num_reference=55), 3, "--num_reference"),
         (dict(num_images=59), 3, "--num_reference"),
         (dict(checkpoint="nowhere"), 4, "nowhere"),
-        (dict(path_to_data="pictures/000.png"), 3, "000.png"),
+        (dict(path_to_data=f"{DATA}/000.png"), 3, "000.png"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(run, changes, code, said):
@@ -246,7 +247,7 @@ def test_checkpoint_without_average_is_one_line(run):
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
-def test_damaged_kept_pictures_are_named_and_drawn_again_once_deleted(run, damage):
+def test_damaged_kept_images_are_named_and_generated_again_once_deleted(run, damage):
     evaluate(SMALL)
     first = read(run)["samplers"]["ddim:3"]["frechet"]
     path = sorted((run / "evaluation" / "generated").glob("ddim_3_*/*.npz"))[-1]
@@ -266,7 +267,7 @@ def test_damaged_kept_pictures_are_named_and_drawn_again_once_deleted(run, damag
     assert read(run)["samplers"]["ddim:3"]["frechet"] == first
 
 
-def test_two_processes_draw_just_as_many_pictures(run):
+def test_two_processes_generate_just_as_many_images(run):
     import subprocess
     import sys
 

@@ -1,4 +1,4 @@
-"""Distances between sets of pictures, against closed forms; and features from anywhere."""
+"""Distances between sets of images, against closed forms; and features from anywhere."""
 
 import urllib.error
 
@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import nn
 
-import metrics as features_module
 from errors import ResourceError, UsageError
 from metrics import (
     Features,
@@ -27,7 +26,7 @@ def vectors(count: int, seed: int, shift: float = 0.0) -> np.ndarray:
     return (random.normal(shift, 1, (count, 6)) @ mix).astype(np.float32)
 
 
-def pictures(count: int, seed: int = 0, side: int = 8) -> np.ndarray:
+def random_images(count: int, seed: int = 0, side: int = 8) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
 
 
@@ -88,41 +87,45 @@ def test_kernel_distance_is_the_same_twice_and_leaves_the_random_state_alone():
     a, b = vectors(60, 0), vectors(50, 1)
     torch.manual_seed(5)
     first = kernel_distance(a, b, subset_size=20)
-    drawn = torch.rand(())
+    following = torch.rand(())
     torch.manual_seed(6)
     assert kernel_distance(a, b, subset_size=20) == first and first[1] > 0
     torch.manual_seed(5)
-    assert torch.rand(()) == drawn
+    assert torch.rand(()) == following
 
 
 # Nearest -----------------------------------------------------------------------------------------
 
 
-def test_planted_picture_is_found_at_distance_0():
-    others, queries = pictures(5000), pictures(6, seed=1)
+def test_planted_image_is_found_at_distance_0():
+    reference, queries = random_images(5000), random_images(6, seed=1)
     indices = np.arange(1, 5000)
-    queries[2], queries[4] = others[4500], others[17][:, ::-1]  # one of them mirrored
-    places, distances = nearest_pixels(queries, others, indices)
+    queries[2], queries[4] = reference[4500], reference[17][:, ::-1]  # one of them mirrored
+    places, distances = nearest_pixels(queries, reference, indices)
     assert indices[places[2, 0]] == 4500 and indices[places[4, 0]] == 17
     assert distances[2, 0] == distances[4, 0] == 0 and (distances[[0, 1, 3, 5]] > 1).all()
     assert copies(distances)["copies"] == pytest.approx(2 / 6)
 
 
 def test_nearest_equals_a_search_of_all_pairs():
-    queries, known = vectors(7, 0), vectors(300, 1)
+    queries, reference = vectors(7, 0), vectors(300, 1)
     mirrored = vectors(7, 2)
-    found, distances = nearest(queries, mirrored, [known[:100], known[100:101], known[101:]])
-    pairs = [np.linalg.norm(q[:, None].astype(float) - known, axis=2) for q in (queries, mirrored)]
+    found, distances = nearest(
+        queries, mirrored, [reference[:100], reference[100:101], reference[101:]]
+    )
+    pairs = [
+        np.linalg.norm(q[:, None].astype(float) - reference, axis=2) for q in (queries, mirrored)
+    ]
     expected = np.minimum(*pairs)
     assert (found == expected.argsort(axis=1)[:, :2]).all()
     assert distances == pytest.approx(np.sort(expected, axis=1)[:, :2], rel=1e-6)
 
 
-def test_nearest_by_features_finds_a_mirrored_picture():
-    known, queries = pictures(40), pictures(3, seed=1)
-    queries[1] = known[30][:, ::-1]
+def test_nearest_by_features_finds_a_mirrored_image():
+    reference, queries = random_images(40), random_images(3, seed=1)
+    queries[1] = reference[30][:, ::-1]
     features = Features("means", means)
-    found, distances = nearest_features(queries, features, features.of(known))
+    found, distances = nearest_features(queries, features, features.of(reference))
     assert found[1, 0] == 30 and distances[1, 0] == 0 and distances[0, 0] > 0
 
 
@@ -135,25 +138,25 @@ def test_share_of_copies_counts_those_far_nearer_than_the_second():
 # Features ----------------------------------------------------------------------------------------
 
 
-def test_features_are_of_the_pictures_in_order():
-    images = pictures(300)
+def test_features_are_of_the_images_in_order():
+    images = random_images(300)
     picks = np.array([5, 299, 0])
     expected = means(torch.from_numpy(images[picks]).permute(0, 3, 1, 2)).numpy()
     assert (Features("means", means).of(images, picks) == expected).all()
     assert Features("means", means).of(images).shape == (300, 12)
 
 
-def test_pictures_are_resized_to_the_features_size():
+def test_images_are_resized_to_the_features_size():
     seen = []
 
     def spy(batch):
         seen.append(batch)
         return means(batch)
 
-    Features("spy", spy, size=4).of(pictures(2))
-    Features("spy", spy, size=8).of(pictures(2))
+    Features("spy", spy, size=4).of(random_images(2))
+    Features("spy", spy, size=8).of(random_images(2))
     assert seen[0].shape == (2, 3, 4, 4) and seen[0].dtype == torch.uint8
-    assert (seen[1].permute(0, 2, 3, 1).numpy() == pictures(2)).all()
+    assert (seen[1].permute(0, 2, 3, 1).numpy() == random_images(2)).all()
 
 
 @pytest.mark.parametrize(
@@ -168,7 +171,7 @@ def test_pictures_are_resized_to_the_features_size():
 )
 def test_wrong_features_are_refused_in_one_line(function, said):
     with pytest.raises(UsageError, match="--features: mine") as error:
-        Features("mine", function).of(pictures(2))
+        Features("mine", function).of(random_images(2))
     assert said in str(error.value)
 
 
@@ -180,7 +183,7 @@ def test_features_of_the_reference_are_kept_and_never_mixed_up(tmp_path, monkeyp
         calls.append(len(batch))
         return means(batch)
 
-    images, picks = pictures(20), np.arange(0, 20, 2)
+    images, picks = random_images(20), np.arange(0, 20, 2)
     first = Features("f", counted).cached(images, picks, "celeba_8")
     calls.clear()
     again = Features("f", counted).cached(images, picks, "celeba_8")
@@ -190,7 +193,7 @@ def test_features_of_the_reference_are_kept_and_never_mixed_up(tmp_path, monkeyp
         (Features("f", counted, size=4), images, picks, "celeba_8"),
         (Features("f", lambda x: counted(x) * 2), images, picks, "celeba_8"),
         (Features("f", counted), images, picks + 1, "celeba_8"),
-        (Features("f", counted), pictures(20, side=16), picks, "celeba_8"),
+        (Features("f", counted), random_images(20, side=16), picks, "celeba_8"),
     ]
     for features, pixels, indices, key in others:
         calls.clear()
@@ -200,7 +203,7 @@ def test_features_of_the_reference_are_kept_and_never_mixed_up(tmp_path, monkeyp
 
 
 @pytest.fixture
-def module(tmp_path, monkeypatch):
+def module(tmp_path, monkeypatch, fresh_imports):
     """A user's module in the current folder."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text(
@@ -208,13 +211,11 @@ def module(tmp_path, monkeypatch):
         "def load(device='cpu'):\n    return direct\n"
         "number = 3\n"
     )
-    yield
-    features_module.sys.modules.pop("mine", None)
 
 
 @pytest.mark.parametrize("name", ["direct", "load"])
 def test_features_come_from_any_module(module, name):
-    images = pictures(3)
+    images = random_images(3)
     expected = images.astype(np.float32).mean((1, 2))
     assert find_features(f"mine:{name}").of(images) == pytest.approx(expected)
 
@@ -253,4 +254,4 @@ def test_inception_is_asked_for_its_2048_features(monkeypatch):
             return means(images)
 
     monkeypatch.setattr(fid, "NoTrainInceptionV3", Stand)
-    assert find_features("inception").of(pictures(2)).shape == (2, 12)
+    assert find_features("inception").of(random_images(2)).shape == (2, 12)

@@ -1,4 +1,4 @@
-"""Pictures from a checkpoint: which weights, which noise, which files."""
+"""Images from a checkpoint: which weights, which noise, which files."""
 
 import os
 import shutil
@@ -12,11 +12,11 @@ from PIL import Image
 
 from errors import CheckpointError, UsageError
 from generate import generate, load_trained
-from sample import SampleConfig, main, sample
+from sample import SampleConfig, main, noise_between, sample
 from train import train
 from utils import checkpoint_path, find_checkpoint, load_checkpoint
 
-HALF_A_GREY_LEVEL = 1 / 255  # of pictures in [-1, 1]; eps at the start is divided by 1 / 80
+HALF_A_GREY_LEVEL = 1 / 255  # of images in [-1, 1]; eps at the start is divided by 1 / 80
 
 
 @pytest.fixture
@@ -24,8 +24,8 @@ def run(here):
     return train(tiny(learning_rate=0.01))
 
 
-def pictures(**flags):
-    """The pixels `sample` saves, one picture after another."""
+def saved_images(**flags):
+    """The pixels `sample` saves, one image after another."""
     shutil.rmtree("out", ignore_errors=True)
     sample(
         SampleConfig(**{"checkpoint": "run", "steps": 3, "out": "out", "num_images": 5, **flags})
@@ -34,12 +34,12 @@ def pictures(**flags):
     return np.stack([np.asarray(Image.open(os.path.join("out", name))) for name in names])
 
 
-def test_pictures_are_drawn_from_the_average_and_from_raw_weights_with_a_flag(run):
+def test_images_come_from_the_average_and_from_raw_weights_with_a_flag(run):
     saved = load_checkpoint(find_checkpoint(run))
     assert tensors_equal(dict(load_trained(run).model.state_dict()), saved["ema"]["model"])
     raw = dict(load_trained(run, raw=True).model.state_dict())
     assert tensors_equal(raw, saved["model"]) and not tensors_equal(raw, saved["ema"]["model"])
-    assert not np.array_equal(pictures(), pictures(raw=True))
+    assert not np.array_equal(saved_images(), saved_images(raw=True))
 
 
 def test_network_and_diffusion_are_rebuilt_from_what_the_checkpoint_says(here):
@@ -51,30 +51,30 @@ def test_network_and_diffusion_are_rebuilt_from_what_the_checkpoint_says(here):
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++"])
-def test_picture_i_is_the_same_whatever_the_batch_size(run, sampler):
+def test_image_i_is_the_same_whatever_the_batch_size(run, sampler):
     trained = load_trained(run)
-    draw = [
+    each = [
         torch.cat(list(generate(trained, range(7), 3, size, sampler=sampler, steps=4)))
         for size in (7, 3, 1)
     ]
-    for other in draw[1:]:
-        torch.testing.assert_close(draw[0], other, rtol=0, atol=HALF_A_GREY_LEVEL)
+    for other in each[1:]:
+        torch.testing.assert_close(each[0], other, rtol=0, atol=HALF_A_GREY_LEVEL)
     alone = next(generate(trained, [5], 3, sampler=sampler, steps=4))
-    torch.testing.assert_close(draw[0][5:6], alone, rtol=0, atol=HALF_A_GREY_LEVEL)
-    assert draw[0].min() >= -1 and draw[0].max() <= 1
+    torch.testing.assert_close(each[0][5:6], alone, rtol=0, atol=HALF_A_GREY_LEVEL)
+    assert each[0].min() >= -1 and each[0].max() <= 1
 
 
 @pytest.mark.parametrize("count", [3, 4, 5, 8])
-def test_exactly_as_many_pictures_as_asked(run, count):
-    assert len(pictures(num_images=count, batch_size=4)) == count
+def test_exactly_as_many_images_as_asked(run, count):
+    assert len(saved_images(num_images=count, batch_size=4)) == count
 
 
-def test_png_is_a_grid_gif_the_way_folder_single_pictures(run):
+def test_png_is_a_grid_gif_the_way_folder_single_images(run):
     grid = sample(SampleConfig(checkpoint="run", num_images=5, steps=4, out="a/grid.png"))
     assert Image.open(grid).size == (3 * 10 + 2, 2 * 10 + 2)
     way = Image.open(sample(SampleConfig(checkpoint="run", num_images=4, steps=6, out="way.gif")))
     assert way.format == "GIF" and way.n_frames == 7
-    single = pictures(num_images=4)
+    single = saved_images(num_images=4)
     assert single.shape == (4, 8, 8, 3)
     cells = np.asarray(
         Image.open(sample(SampleConfig("run", num_images=4, steps=3, out="four.png")))
@@ -82,12 +82,12 @@ def test_png_is_a_grid_gif_the_way_folder_single_pictures(run):
     np.testing.assert_array_equal(cells[2:10, 12:20], single[1])
 
 
-def test_seed_sampler_steps_and_eta_change_the_pictures(run):
-    first = pictures()
-    np.testing.assert_array_equal(first, pictures())
+def test_seed_sampler_steps_and_eta_change_the_images(run):
+    first = saved_images()
+    np.testing.assert_array_equal(first, saved_images())
     for flags in (dict(seed=1), dict(sampler="ddim"), dict(sampler="ddpm"), dict(steps=9)):
-        assert not np.array_equal(first, pictures(**flags)), flags
-    a, b = pictures(sampler="ddim"), pictures(sampler="ddim", eta=1.0)
+        assert not np.array_equal(first, saved_images(**flags)), flags
+    a, b = saved_images(sampler="ddim"), saved_images(sampler="ddim", eta=1.0)
     assert not np.array_equal(a, b)
 
 
@@ -101,9 +101,9 @@ def test_newest_run_is_taken_where_none_is_named(here):
     assert load_trained(None).path == find_checkpoint("new")
 
 
-def test_interpolation_goes_from_one_picture_to_the_other(run):
-    ends = pictures(num_images=4, steps=6)
-    way = pictures(interpolate=(1, 3), num_images=5, steps=6)
+def test_interpolation_goes_from_one_image_to_the_other(run):
+    ends = saved_images(num_images=4, steps=6)
+    way = saved_images(interpolate=(1, 3), num_images=5, steps=6)
     assert len(way) == 5
     assert np.abs(way[0].astype(int) - ends[1]).max() <= 1
     assert np.abs(way[-1].astype(int) - ends[3]).max() <= 1
@@ -114,13 +114,11 @@ def test_interpolation_goes_from_one_picture_to_the_other(run):
     assert gif.n_frames == 5
 
 
-def test_noise_between_two_pictures_is_as_long_as_noise(run):
-    from sample import between
-
-    noise = between(load_trained(run), (0, 1), 9, seed=0)
+def test_noise_between_two_images_is_as_long_as_noise(run):
+    noise = noise_between(load_trained(run), (0, 1), 9, seed=0)
     lengths = noise.flatten(1).norm(dim=1) / noise[0].numel() ** 0.5
     assert lengths.min() > 0.85 and lengths.max() < 1.15
-    same = between(load_trained(run), (2, 2), 3, 0)
+    same = noise_between(load_trained(run), (2, 2), 3, 0)
     assert torch.equal(same[0], same[2]) and torch.isfinite(same).all()
 
 
