@@ -6,7 +6,6 @@ python sample.py --sampler ddpm --steps 1000 --out way.gif    # from noise to fa
 python sample.py --num_images 5000 --out faces                # single images in a folder
 """
 
-import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from errors import UsageError
 from generate import Trained, generate, load_trained, sheet
 from images import image_grid, save_image, to_uint8
 from log import say
+from settings import check_ranges, constant
 
 GIF_FRAMES = 40  # at most, in the way from noise to faces
 
@@ -34,16 +34,16 @@ class SampleConfig:
     """What to generate, and how."""
 
     checkpoint: str = ""  # a run's folder (its newest), a file in it; empty: the newest run here
-    num_images: int = 64  # images to generate
+    num_images: int = constant(64, least=1)  # images to generate
     sampler: Literal["ddpm", "ddim", "dpm++"] = "dpm++"  # dpm++ needs the fewest steps
-    steps: int = 20  # evaluations of the network for each image
-    eta: float = 0.0  # noise that ddim adds: 0 none, 1 as much as ddpm
-    seed: int = 0  # image i depends on (seed, i) alone
-    batch_size: int = 64  # images generated at a time
+    steps: int = constant(20, least=1)  # evaluations of the network for each image
+    eta: float = constant(0.0, least=0, most=1)  # noise that ddim adds: 0 none, 1 as much as ddpm
+    seed: int = constant(0, least=0)  # image i depends on (seed, i) alone
+    batch_size: int = constant(64, least=1)  # images generated at a time
     condition: tuple[str, ...] = ()  # attributes asked for: Smiling=1 Male=-1 (Smiling alone: =1)
-    guidance: float = 1.0  # how strongly they are followed: 1 as learned, 2 to 4 more so
+    guidance: float = constant(1.0, least=0)  # how strongly: 1 as learned, 2 to 4 more so
     sheet: bool = False  # a row for each attribute on and off, num_images columns of the same noise
-    interpolate: tuple[int, ...] = ()  # numbers of two images: num_images from one to the other
+    interpolate: tuple[int, ...] = constant((), least=0)  # as 3 8: faces from image 3 to image 8
     raw: bool = False  # generate with the weights as trained, not with their average (EMA)
     out: str = "samples.png"  # .png: one grid; .gif: the way from noise to faces; else a folder
 
@@ -84,24 +84,19 @@ def sample(config: SampleConfig) -> Path:
 
 def check_config(config: SampleConfig) -> None:
     """Raise UsageError, naming the flag, for what cannot be, whatever the checkpoint."""
+    check_ranges(config)
 
     def check(good: bool, name: str, allowed: str) -> None:
         if not good:
             raise UsageError(f"--{name}", f"is {getattr(config, name)!r}", f"give {allowed}")
 
-    for name in ("num_images", "steps", "batch_size"):
-        check(getattr(config, name) >= 1, name, "a whole number from 1")
-    check(config.seed >= 0, "seed", "a whole number from 0")
-    check(0 <= config.eta <= 1, "eta", "a number from 0 to 1")
     check(config.eta == 0 or config.sampler == "ddim", "eta", "0, or --sampler ddim")
-    check(0 <= config.guidance < math.inf, "guidance", "a number from 0, such as 2")
     suffix = Path(config.out).suffix
     check(suffix in ("", ".png", ".gif"), "out", "a name ending in .png or .gif, or a folder")
     is_grid = suffix == ".png" or not config.sheet
     check(is_grid, "out", "a name ending in .png, as --sheet is a grid")
     if config.interpolate:
-        pair = len(config.interpolate) == 2 and min(config.interpolate) >= 0
-        check(pair, "interpolate", "the numbers of two images, such as 3 8")
+        check(len(config.interpolate) == 2, "interpolate", "the numbers of two images, such as 3 8")
         check(not config.sheet, "sheet", "either --sheet or --interpolate")
         same = config.sampler != "ddpm" and config.eta == 0
         fix = "ddim or dpm++ without --eta, which make the same image from the same noise"

@@ -21,6 +21,7 @@ from benchmarks.synthetic_features import classifier
 from device import keep_freed_memory
 from generate import Trained, generate, load_trained
 from log import say, table
+from settings import check_ranges, constant
 from synthetic import ATTRIBUTES
 
 
@@ -29,9 +30,9 @@ class AccuracyConfig:
     """What to judge, and how."""
 
     checkpoint: str = ""  # a run on synthetic faces with --attributes; empty: the newest run here
-    num_images: int = 128  # faces for each attribute, on and off
-    guidance: tuple[float, ...] = (1.0, 2.0, 4.0)  # each of these in turn
-    steps: int = 20  # of dpm++
+    num_images: int = constant(128, least=1)  # faces for each attribute, on and off
+    guidance: tuple[float, ...] = constant((1.0, 2.0, 4.0), least=0)  # each of these in turn
+    steps: int = constant(20, least=1)  # of dpm++
 
 
 @torch.no_grad()
@@ -52,6 +53,7 @@ def share_as_asked(
 def main() -> None:
     """Print the table."""
     config = cli.parse(AccuracyConfig, sys.argv[1:], "Do the faces have what was asked for?")
+    check_ranges(config)
     keep_freed_memory()
     trained = load_trained(config.checkpoint or None)
     judge, right = classifier()

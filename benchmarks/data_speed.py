@@ -43,11 +43,12 @@ from benchmarks.common import (
     ratio,
     seconds_of,
 )
-from benchmarks.peers import Ours, check_positive
+from benchmarks.peers import Ours
 from dataset import Batches, Faces, load_faces
 from decoding import face_box
 from log import table
 from prepared import PREPARED
+from settings import check_ranges, constant
 from sources import Files, find_source, open_files
 from train import DEMO, Config
 
@@ -59,13 +60,13 @@ class DataSpeedConfig:
     """Which images, and how often."""
 
     path_to_data: str = ""  # folder or zip of images; empty: JPEGs of 178x218, made for this
-    num_images: int = 4000  # how many of them
-    img_size: int = 64  # pixels of a side
-    batch_size: int = 128  # images in a batch
-    rounds: int = 5  # turns that every row has
-    step_ms: float = 0.0  # milliseconds of a training step; 0: measure the demo's network here
+    num_images: int = constant(4000, least=1)  # how many of them
+    img_size: int = constant(64, least=1)  # pixels of a side
+    batch_size: int = constant(128, least=1)  # images in a batch
+    rounds: int = constant(5, least=1)  # turns that every row has
+    step_ms: float = constant(0.0, least=0)  # of a training step; 0: measure the demo's here
     device: str = ""  # where batches go, cpu or cuda; empty: the GPU where there is one
-    full: int = 0  # images of a zip to prepare as a whole; CelebA has 202599; 0: none
+    full: int = constant(0, least=0)  # images of a zip to prepare as a whole; 0: none
 
 
 def write_images(config: DataSpeedConfig, root: Path) -> Path:
@@ -245,7 +246,7 @@ def main() -> None:
     """The command line."""
     description = "How fast images become batches, beside torchvision's ImageFolder."
     config = cli.parse(DataSpeedConfig, sys.argv[1:], description)
-    check_positive(config, "num_images", "img_size", "batch_size", "rounds")
+    check_ranges(config)
     if config.path_to_data:
         config = replace(config, path_to_data=str(Path(config.path_to_data).absolute()))
     device = find_device(config.device)

@@ -42,13 +42,6 @@ def make_config(img_size: int, channels: int, channel_mults: tuple[int, ...], **
     return config
 
 
-def check_positive(config: object, *names: str) -> None:
-    """Raise UsageError where one of these flags is not a number from 1."""
-    for name in names:
-        if getattr(config, name) < 1:
-            raise UsageError(f"--{name}", f"is {getattr(config, name)}", "give a number from 1")
-
-
 def random_faces(count: int, img_size: int) -> Faces:
     """Random pixels: they cost a step what faces cost it."""
     size = (count, img_size, img_size, 3)

@@ -38,12 +38,13 @@ from benchmarks.common import (
     ratio,
     seconds_of,
 )
-from benchmarks.peers import check_positive, diffusers_network, make_config
+from benchmarks.peers import diffusers_network, make_config
 from device import autocast_dtype, keep_freed_memory
 from diffusion import Diffusion
 from errors import UsageError
 from generate import generate, load_trained
 from log import table
+from settings import check_ranges, constant
 from train import Config
 from unet import UNet
 from utils import diffusion_arguments, save_checkpoint, unet_arguments
@@ -59,27 +60,20 @@ class SampleSpeedConfig:
     img_size: int = 32  # pixels of a side
     channels: int = 64  # channels of the first stage
     channel_mults: tuple[int, ...] = (1, 2, 2, 2)  # times `channels`, for each stage
-    num_images: int = 64  # images to generate, all in one batch
-    steps: tuple[int, ...] = (10, 20, 50)  # of ddim and dpm++
-    ddpm_steps: int = 1000  # of ddpm; 0: leave it out
-    rounds: int = 3  # turns that every row has
-    ddpm_rounds: int = 1  # turns that ddpm has
+    num_images: int = constant(64, least=1)  # images to generate, all in one batch
+    steps: tuple[int, ...] = constant((10, 20, 50), least=2, most=1000)  # of ddim and dpm++
+    ddpm_steps: int = constant(1000, least=0, most=1000)  # of ddpm; 0: leave it out
+    rounds: int = constant(3, least=1)  # turns that every row has
+    ddpm_rounds: int = constant(1, least=1)  # turns that ddpm has
     device: str = ""  # cpu or cuda; empty: the GPU where there is one
 
 
 def config_of(config: SampleSpeedConfig) -> Config:
     """The constants of the network and its diffusion. Raises UsageError."""
-    check_positive(config, "num_images", "rounds", "ddpm_rounds")
-    train_config = make_config(config.img_size, config.channels, config.channel_mults)
-    if not all(2 <= steps <= train_config.num_timesteps for steps in config.steps):
-        raise UsageError("--steps", f"is {config.steps}", f"give 2 to {train_config.num_timesteps}")
+    check_ranges(config)
     if not config.steps and not config.ddpm_steps:
         raise UsageError("--steps", "and --ddpm_steps leave nothing to generate", "give either")
-    if not 0 <= config.ddpm_steps <= train_config.num_timesteps:
-        raise UsageError(
-            "--ddpm_steps", f"is {config.ddpm_steps}", f"at most {train_config.num_timesteps}"
-        )
-    return train_config
+    return make_config(config.img_size, config.channels, config.channel_mults)
 
 
 def random_network(train_config: Config) -> UNet:

@@ -34,11 +34,11 @@ from benchmarks.peers import (
     Diffusers,
     Machine,
     Ours,
-    check_positive,
     make_config,
 )
 from errors import UsageError
 from log import table
+from settings import check_ranges, constant
 from train import Config
 
 ROWS = {
@@ -61,8 +61,8 @@ class TrainSpeedConfig:
     channels: int = 64  # channels of the first stage
     channel_mults: tuple[int, ...] = (1, 2, 2, 2)  # times `channels`, for each stage
     batch_size: int = 32  # images in a step
-    rounds: int = 5  # turns that every row has
-    steps_per_round: int = 2  # steps that are timed in a turn, after one that is not
+    rounds: int = constant(5, least=1)  # turns that every row has
+    steps_per_round: int = constant(2, least=1)  # timed in a turn, after one that is not
     rows: tuple[str, ...] = ()  # names of the rows to measure; empty: all
     device: str = ""  # cpu or cuda; empty: the GPU where there is one
 
@@ -78,7 +78,7 @@ class Measured:
 
 def config_of(config: TrainSpeedConfig, **changes) -> Config:
     """The constants of the rows."""
-    check_positive(config, "rounds", "steps_per_round")
+    check_ranges(config)
     shape = (config.img_size, config.channels, config.channel_mults)
     return make_config(*shape, batch_size=config.batch_size, **changes)
 

@@ -84,7 +84,7 @@ def test_each_module_imports_only_what_the_design_allows():
         "dataset": {"errors", "images", "prepared", "sources"},
         "likelihood": {"dataset", "diffusion", "images"},
         "metrics": {"errors", "images", "prepared"},
-        "generate": {"device", "diffusion", "errors", "images", "unet", "utils"},
+        "generate": {"device", "diffusion", "errors", "files", "images", "unet", "utils"},
         "sample": ours - {"train", "evaluate", "sample", "safety", "metrics", "likelihood"},
         "train": ours - {"train", "evaluate", "sample", "metrics"},
         "evaluate": ours - {"train", "evaluate", "sample", "safety", "unet", "ema"},

@@ -1,8 +1,11 @@
 """Images from a checkpoint: which weights, which noise, which files."""
 
+import inspect
 import os
+import re
 import shutil
 import time
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -10,10 +13,17 @@ import torch
 from conftest import assert_error, run_script, tensors_equal, tiny
 from PIL import Image
 
+import cli
+from benchmarks.conditional_accuracy import AccuracyConfig
+from benchmarks.data_speed import DataSpeedConfig
+from benchmarks.quality import QualityConfig
+from benchmarks.sample_speed import SampleSpeedConfig
+from benchmarks.train_speed import TrainSpeedConfig
 from errors import CheckpointError, UsageError
+from evaluate import EvaluateConfig
 from generate import generate, load_trained
 from sample import SampleConfig, main, noise_between, sample
-from train import train
+from train import Config, train
 from utils import checkpoint_path, find_checkpoint, load_checkpoint
 
 HALF_A_GREY_LEVEL = 1 / 255  # of images in [-1, 1]; eps at the start is divided by 1 / 80
@@ -143,6 +153,21 @@ def test_bad_flags_are_one_line_and_leave_nothing(run, monkeypatch, words, part)
     with pytest.raises(UsageError, match=f"^{part}: .*Fix: [^\n]*$"):
         main()
     assert not list(run.parent.glob("*.png"))
+
+
+COMMANDS = [Config, SampleConfig, EvaluateConfig, TrainSpeedConfig, SampleSpeedConfig]
+COMMANDS += [DataSpeedConfig, QualityConfig, AccuracyConfig]
+
+
+@pytest.mark.parametrize("cls", COMMANDS)
+def test_every_flag_has_a_help_text(cls, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    with pytest.raises(SystemExit):
+        cli.parse(cls, ["--help"], "")
+    shown = " ".join(re.sub("[^ -~]", " ", capsys.readouterr().out).split())
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(cls), re.MULTILINE))
+    for field in fields(cls):
+        assert comments[field.name] in shown, f"--{field.name}"
 
 
 def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(here):
