@@ -25,7 +25,6 @@ from tqdm import tqdm
 import cli
 from dataset import Faces, load_faces
 from device import keep_freed_memory
-from diffusion import SAMPLERS
 from errors import DataError, UsageError
 from files import save_json
 from generate import (
@@ -41,6 +40,7 @@ from images import image_grid, save_image, to_x_0
 from likelihood import held_out_loss
 from log import say, table
 from metrics import copies, find_features, measure_distances, nearest_features, nearest_pixels
+from samplers import SamplerError, check_sampler
 from settings import check_ranges, constant
 
 NUM_SHOWN = 8  # faces in nearest.png and in each row of samplers.png
@@ -112,13 +112,14 @@ def check_config(config: EvaluateConfig) -> None:
 def check_samplers(config: EvaluateConfig, num_timesteps: int) -> None:
     """Raise UsageError for one of --samplers that cannot be."""
     for text in config.samplers:
-        name, _, steps = text.partition(":")
-        if name not in SAMPLERS or not steps.isdecimal() or int(steps) < 1:
-            fix = f"write name:steps, such as dpm++:20; names: {', '.join(SAMPLERS)}"
-            raise UsageError("--samplers", f"{text!r} cannot be read", fix)
-        if name != "dpm++" and int(steps) > num_timesteps:
-            fix = f"give at most {num_timesteps} for {name}"
-            raise UsageError("--samplers", f"{text!r} has too many steps", fix)
+        sampler, _, steps = text.partition(":")
+        if not steps.isdecimal():
+            raise UsageError("--samplers", f"is {text!r}", "write name:steps, such as dpm++:20")
+        try:
+            check_sampler(sampler, int(steps), num_timesteps=num_timesteps)
+        except SamplerError as error:
+            what = f"of {text!r} the {error.argument} {error.what}"
+            raise UsageError("--samplers", what, error.fix) from error
 
 
 # The images ---------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from errors import UsageError
 from generate import Trained, generate, load_trained, sheet
 from images import image_grid, save_image, to_uint8
 from log import say
+from samplers import SAMPLERS, SamplerError, check_sampler, is_deterministic
 from settings import check_ranges, constant
 
 GIF_FRAMES = 40  # at most, in the way from noise to faces
@@ -35,9 +36,9 @@ class SampleConfig:
 
     checkpoint: str = ""  # a run's folder (its newest), a file in it; empty: the newest run here
     num_images: int = constant(64, least=1)  # images to generate
-    sampler: Literal["ddpm", "ddim", "dpm++"] = "dpm++"  # dpm++ needs the fewest steps
+    sampler: Literal[*SAMPLERS] = "dpm++"  # the default needs the fewest steps
     steps: int = constant(20, least=1)  # evaluations of the network for each image
-    eta: float = constant(0.0, least=0, most=1)  # noise that ddim adds: 0 none, 1 as much as ddpm
+    eta: float = constant(0.0, least=0, most=1)  # noise added on the way: 1 as much as ddpm
     seed: int = constant(0, least=0)  # image i depends on (seed, i) alone
     batch_size: int = constant(64, least=1)  # images generated at a time
     condition: tuple[str, ...] = ()  # attributes asked for: Smiling=1 Male=-1 (Smiling alone: =1)
@@ -53,7 +54,7 @@ def sample(config: SampleConfig) -> Path:
     check_config(config)
     keep_freed_memory()
     trained = load_trained(config.checkpoint or None, config.raw)
-    check_steps(config, trained)
+    check_config(config, trained.diffusion.num_timesteps)
     out, columns, labels = Path(config.out), 0, []
     numbers, attributes = list(range(config.num_images)), read_condition(config, trained)
     options = {name: getattr(config, name) for name in ("sampler", "steps", "eta", "guidance")}
@@ -82,15 +83,18 @@ def sample(config: SampleConfig) -> Path:
     return done(config, trained)
 
 
-def check_config(config: SampleConfig) -> None:
-    """Raise UsageError, naming the flag, for what cannot be, whatever the checkpoint."""
+def check_config(config: SampleConfig, num_timesteps: int | None = None) -> None:
+    """Raise UsageError, naming the flag, for what cannot be. num_timesteps: T where it is known."""
     check_ranges(config)
+    try:
+        check_sampler(config.sampler, config.steps, config.eta, num_timesteps)
+    except SamplerError as error:
+        raise UsageError(f"--{error.argument}", error.what, error.fix) from error
 
-    def check(good: bool, name: str, allowed: str) -> None:
+    def check(good: bool, name: str, fix: str) -> None:
         if not good:
-            raise UsageError(f"--{name}", f"is {getattr(config, name)!r}", f"give {allowed}")
+            raise UsageError(f"--{name}", f"is {getattr(config, name)!r}", f"give {fix}")
 
-    check(config.eta == 0 or config.sampler == "ddim", "eta", "0, or --sampler ddim")
     suffix = Path(config.out).suffix
     check(suffix in ("", ".png", ".gif"), "out", "a name ending in .png or .gif, or a folder")
     is_grid = suffix == ".png" or not config.sheet
@@ -98,16 +102,10 @@ def check_config(config: SampleConfig) -> None:
     if config.interpolate:
         check(len(config.interpolate) == 2, "interpolate", "the numbers of two images, such as 3 8")
         check(not config.sheet, "sheet", "either --sheet or --interpolate")
-        same = config.sampler != "ddpm" and config.eta == 0
-        fix = "ddim or dpm++ without --eta, which make the same image from the same noise"
-        check(same, "sampler", fix)
-
-
-def check_steps(config: SampleConfig, trained: Trained) -> None:
-    """Raise UsageError for more steps than the sampler can take."""
-    if config.sampler != "dpm++" and config.steps > trained.diffusion.num_timesteps:
-        fix = f"give at most {trained.diffusion.num_timesteps} for {config.sampler}"
-        raise UsageError("--steps", f"is {config.steps}", fix)
+        check(config.eta == 0, "eta", "0, so that the same noise makes the same image")
+        names = " or ".join(name for name in SAMPLERS if is_deterministic(name))
+        fix = f"{names}, by which the same noise makes the same image"
+        check(is_deterministic(config.sampler), "sampler", fix)
 
 
 def read_condition(config: SampleConfig, trained: Trained) -> Tensor | None:

@@ -32,7 +32,7 @@ class AccuracyConfig:
     checkpoint: str = ""  # a run on synthetic faces with --attributes; empty: the newest run here
     num_images: int = constant(128, least=1)  # faces for each attribute, on and off
     guidance: tuple[float, ...] = constant((1.0, 2.0, 4.0), least=0)  # each of these in turn
-    steps: int = constant(20, least=1)  # of dpm++
+    steps: int = constant(20, least=1)  # of the default sampler
 
 
 @torch.no_grad()

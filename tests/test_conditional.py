@@ -12,6 +12,7 @@ from dataset import drop_attributes, load_faces
 from errors import UsageError
 from generate import load_trained, sheet_rows
 from sample import SampleConfig, sample
+from samplers import SAMPLERS
 from train import Config, check_config, train
 from utils import checkpoint_path, list_checkpoints, load_checkpoint, save_checkpoint
 
@@ -102,7 +103,7 @@ def test_what_is_asked_for_changes_the_images(run):
     assert not np.array_equal(smiling, both)
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_sampler_and_output_takes_a_condition(run, sampler):
     options = dict(checkpoint="run", condition=("Smiling",), guidance=2.0, sampler=sampler)
     for out in ("faces.png", "way.gif", "faces"):

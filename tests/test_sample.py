@@ -23,6 +23,7 @@ from errors import CheckpointError, UsageError
 from evaluate import EvaluateConfig
 from generate import generate, load_trained
 from sample import SampleConfig, main, noise_between, sample
+from samplers import SAMPLERS
 from train import Config, train
 from utils import checkpoint_path, find_checkpoint, load_checkpoint
 
@@ -60,7 +61,7 @@ def test_network_and_diffusion_are_rebuilt_from_what_the_checkpoint_says(here):
     assert not trained.model.training and trained.img_size == 8 and trained.step == 6
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_image_i_is_the_same_whatever_the_batch_size(run, sampler):
     trained = load_trained(run)
     each = [
