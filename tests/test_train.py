@@ -307,7 +307,9 @@ def test_every_constant_of_the_training_changes_the_result(here, name, value):
     a = train(tiny(experiment_name="a", num_training_steps=4))
     b = train(tiny(**{"experiment_name": "b", "num_training_steps": 4, name: value}))
     a, b = (load_checkpoint(list_checkpoints(folder)[0]) for folder in (a, b))
-    assert not tensors_equal(a["ema"], b["ema"])
+    # Without the instructions for bfloat16 it is float32 either way, and a line says so.
+    in_vain = value == "bf16" and not torch.cpu._is_avx512_bf16_supported()
+    assert tensors_equal(a["ema"], b["ema"]) == in_vain
 
 
 # The command line --------------------------------------------------------------------------------
