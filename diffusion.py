@@ -233,7 +233,7 @@ class Diffusion:
         SamplerError for what the sampler cannot do."""
         check_sampler(sampler, steps, eta, self.num_timesteps)
 
-        def noise() -> Tensor:
+        def draw() -> Tensor:
             return draw_noise(shape, generator, self.device, self.dtype)
 
         def predict(x_t: Tensor, t: float, alpha_bar_t: float) -> tuple[Tensor, Tensor]:
@@ -241,8 +241,8 @@ class Diffusion:
             output = evaluate_model(model, x_t, batch_t, attributes, guidance).to(x_t.dtype)
             return self.x_0_and_eps(output, x_t, alpha_bar_t)
 
-        x_T = noise() if x_T is None else x_T.to(self.device, self.dtype)
-        moves = SAMPLERS[sampler].run(predict, x_T, self._alphas_cumprod, steps, eta, noise)
+        x_T = draw() if x_T is None else x_T.to(self.device, self.dtype)
+        moves = SAMPLERS[sampler].run(predict, x_T, self._alphas_cumprod, steps, eta, draw)
         while True:
             # The caller may keep training between two moves: modes are changed only inside one.
             with torch.no_grad(), evaluating(model):

@@ -29,12 +29,13 @@ def default_channel_mults(img_size: int) -> tuple[int, ...]:
     return CHANNEL_MULTS[max(fitting)] if fitting else (1, 2, 2)
 
 
-def sinusoidal_embedding(t: Tensor, dim: int) -> Tensor:
+def sinusoidal_embedding(t: Tensor, dim: int, freq_shift: int = 1) -> Tensor:
     """Sines and cosines of t at `dim / 2` frequencies from 1 to 1/10000 (Vaswani et al. 2017).
 
-    t: (B,) integers or floats in [0, T). Returns (B, dim) float32: the sines, then the cosines."""
+    t: (B,) integers or floats in [0, T); freq_shift: 0 where 1/10000 itself is left out, as in the
+    original. Returns (B, dim) float32: the sines, then the cosines."""
     half = dim // 2
-    exponent = torch.arange(half, dtype=torch.float32, device=t.device) / (half - 1)
+    exponent = torch.arange(half, dtype=torch.float32, device=t.device) / (half - freq_shift)
     angles = t.float()[:, None] * torch.exp(-math.log(10_000) * exponent)
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
@@ -113,6 +114,16 @@ class Attention(nn.Module):
         return x + tokens.transpose(1, 2).reshape(b, c, h, w)
 
 
+class Downsample(nn.Conv2d):
+    """Halve the image by a 3x3 convolution; padding 0: padded on the right and below only."""
+
+    def __init__(self, channels: int, padding: int):
+        super().__init__(channels, channels, 3, stride=2, padding=padding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if self.padding[0] else F.pad(x, (0, 1, 0, 1)))
+
+
 class Upsample(nn.Module):
     """Double the image: repeat each pixel 2 x 2 times, then a 3x3 convolution.
 
@@ -151,7 +162,10 @@ class UNet(nn.Module):
         chosen by img_size); num_res_blocks: residual blocks in a stage
     attn_resolutions: resolutions, in pixels, at which blocks are followed by attention
     head_dim: channels of an attention head; dropout: share of activations dropped in training
-    num_attributes: length K of the condition; 0 for an unconditional network"""
+    num_attributes: length K of the condition; 0 for an unconditional network
+    norm_groups: groups of every norm; 0: each has its own number, by `GroupNorm`
+    norm_eps, downsample_padding, freq_shift: as in other implementations, whose weights want them
+    """
 
     def __init__(
         self,
@@ -163,10 +177,14 @@ class UNet(nn.Module):
         head_dim: int = 64,
         dropout: float = 0.1,
         num_attributes: int = 0,
+        norm_groups: int = 0,
+        norm_eps: float = 1e-5,
+        downsample_padding: int = 1,
+        freq_shift: int = 1,
     ):
         super().__init__()
         mults = tuple(channel_mults) or default_channel_mults(img_size)
-        self.img_size, self.channels = img_size, channels
+        self.img_size, self.channels, self.freq_shift = img_size, channels, freq_shift
         time_dim = 4 * channels
         self.time_mlp = nn.Sequential(
             nn.Linear(channels, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim)
@@ -189,7 +207,7 @@ class UNet(nn.Module):
         for i, mult in enumerate(mults):
             channels_in = [width] + [channels * mult] * (num_res_blocks - 1)
             width, last = channels * mult, i == len(mults) - 1
-            resample = nn.Identity() if last else nn.Conv2d(width, width, 3, stride=2, padding=1)
+            resample = nn.Identity() if last else Downsample(width, downsample_padding)
             self.down.append(stage(channels_in, width, resolution, resample))
             skips += [width] * (num_res_blocks if last else num_res_blocks + 1)
             resolution = resolution if last else resolution // 2
@@ -210,12 +228,15 @@ class UNet(nn.Module):
 
         self.norm_out = GroupNorm(width, silu=True)
         self.conv_out = zero_init(nn.Conv2d(width, 3, 3, padding=1))
+        for module in self.modules():
+            if isinstance(module, GroupNorm):
+                module.eps, module.num_groups = norm_eps, norm_groups or module.num_groups
         # The memory format in which convolutions are fastest, on GPUs and CPUs; it is passed on.
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x_t: Tensor, t: Tensor, attributes: Tensor | None = None) -> Tensor:
         """x_t: (B, 3, H, W), the shape of the output; t: (B,) in [0, T); attributes: (B, K)."""
-        emb = self.time_mlp(sinusoidal_embedding(t, self.channels).to(x_t.dtype))
+        emb = self.time_mlp(sinusoidal_embedding(t, self.channels, self.freq_shift).to(x_t.dtype))
         if attributes is not None:
             emb = emb + self.attribute_map(attributes)
         emb = F.silu(emb)  # once for all blocks
