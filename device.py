@@ -1,9 +1,39 @@
-"""What the machine computes with: memory that is kept, half precision that it has."""
+"""What the machine computes with: what is set for the whole process, the precision that a device
+has, and whether this torch has anything for the device at all."""
 
 import contextlib
 import ctypes
+import os
+import re
 
 import torch
+
+from errors import ResourceError
+
+# The last wheels of torch with kernels for GPUs before Turing.
+OLD_GPUS = "pip install 'torch<2.15' torchvision --index-url https://download.pytorch.org/whl/cu126"
+
+
+def set_up_device(device: torch.device, deterministic: bool = False) -> None:
+    """Set for this process what makes training on the device fast; called once, before anything is
+    computed, by whatever trains.
+
+    deterministic: the same numbers in every run on a GPU, at the cost of speed: kernels are neither
+    chosen by their time nor add up in any order (on a CPU they never do). Raises ResourceError for
+    a GPU that this torch was not built for."""
+    keep_freed_memory()
+    if device.type != "cuda":
+        return
+    check_gpu(device)
+    torch.backends.cudnn.benchmark = not deterministic  # worth its time: the shapes stay the same
+    torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
+    torch.use_deterministic_algorithms(deterministic)
+    if deterministic:
+        import torch._inductor.config as inductor  # slow to import
+
+        inductor.deterministic = True  # what is compiled is not chosen by its time either
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads any
 
 
 def keep_freed_memory() -> None:
@@ -16,13 +46,46 @@ def keep_freed_memory() -> None:
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
+def check_gpu(device: torch.device) -> None:
+    """Raise ResourceError for a CUDA device that this torch has no kernels for. Without this the
+    first kernel is a traceback."""
+    built = re.findall(r"(sm|compute)_(\d+)(\d)", " ".join(torch.cuda.get_arch_list()))
+    if device.type != "cuda" or not built:  # AMD's have other names
+        return
+    has = torch.cuda.get_device_capability(device)
+    for kind, major, minor in built:
+        # Kernels run on what is newer of the same generation, intermediate code on all newer ones.
+        least = int(major), int(minor)
+        if least <= has and (kind == "compute" or least[0] == has[0]):
+            return
+    oldest = min((int(major), int(minor)) for _, major, minor in built)
+    name, number = torch.cuda.get_device_name(device), ".".join(map(str, has))
+    what = f"torch {torch.__version__} has no kernels for its compute capability, {number}"
+    fix = OLD_GPUS if has < oldest else "install a newer torch"
+    raise ResourceError(name, what, f"{fix}; or hide the GPU: CUDA_VISIBLE_DEVICES=''")
+
+
 def autocast_dtype(mixed_precision: str, device: torch.device) -> torch.dtype | None:
     """The half precision to compute in, or None for float32.
 
     mixed_precision: "fp16", "bf16" or "no". A CPU takes bf16 for either where it has the
-    instructions for it, and else float32."""
+    instructions for it, and else float32. A GPU before Ampere takes fp16 for either: it has no
+    instructions for bf16, and torch.compile leaves networks in bf16 alone there."""
     if mixed_precision == "no":
         return None
     if device.type == "cuda":
-        return torch.float16 if mixed_precision == "fp16" else torch.bfloat16
+        emulated = torch.cuda.get_device_capability(device) < (8, 0)
+        return torch.float16 if mixed_precision == "fp16" or emulated else torch.bfloat16
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else None
+
+
+def precision_note(mixed_precision: str, dtype: torch.dtype | None, device: torch.device) -> str:
+    """What to say where `dtype` is not the precision that was asked for; nothing where it is."""
+    asked, needs = {
+        "fp16": (torch.float16, "a CUDA GPU"),
+        "bf16": (torch.bfloat16, "a GPU from Ampere on, or a CPU with AVX512-BF16"),
+        "no": (None, ""),
+    }[mixed_precision]
+    used = str(dtype or torch.float32).removeprefix("torch.")
+    text = f"note: {mixed_precision} needs {needs}; training in {used} on the {device.type}"
+    return "" if dtype == asked else text

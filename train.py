@@ -26,7 +26,7 @@ from torch import Tensor
 
 import cli
 from dataset import Batches, drop_attributes, load_faces
-from device import autocast_dtype, keep_freed_memory
+from device import autocast_dtype, precision_note, set_up_device
 from diffusion import NOISE_SCHEDULES, PREDICTIONS, Diffusion
 from errors import Interrupted, UsageError
 from files import lock_folder, save_json
@@ -214,8 +214,8 @@ def measure_held_out(config, model, diffusion, faces, dtype) -> dict[str, float]
 def describe(config, faces, model, accelerator, dtype) -> None:
     """Say what is trained on what, before it begins."""
     used, device = str(dtype or torch.float32).removeprefix("torch."), accelerator.device.type
-    if config.mixed_precision == "fp16" and dtype != torch.float16:
-        say(f"note: fp16 needs a CUDA GPU; training in {used} on the {device}")
+    if note := precision_note(config.mixed_precision, dtype, accelerator.device):
+        say(note)
     weights = sum(p.numel() for p in model.parameters()) / 1e6
     say(faces.description)
     say(f"{weights:.1f} M weights in {used} on {accelerator.num_processes} x {device}")
@@ -227,12 +227,12 @@ def train(config: Config) -> Path:
     Raises UserError, by kind, for what the user can mend; Interrupted after a signal, when
     saved."""
     check_config(config)
-    keep_freed_memory()
     folder = Path(config.experiment_name)
     timeout = InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)
     cpu = not torch.cuda.is_available()  # said, or accelerate runs processes on a CPU as one each
     accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[timeout])
     device, is_main = accelerator.device, accelerator.is_main_process
+    set_up_device(device)
     rank, world_size = accelerator.process_index, accelerator.num_processes
     with StopSignals() as stop, lock_folder(folder) if is_main else nullcontext():
         # The faces, the network, and where the run stood.
@@ -266,11 +266,8 @@ def train(config: Config) -> Path:
             save_json(folder / "config.json", asdict(config))
 
         forward = accelerator.prepare_model(state.model)
-        if device.type == "cuda":
-            torch.backends.cudnn.benchmark = True  # the shapes stay the same
-            torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
-            if config.compile:
-                forward.compile()
+        if config.compile and device.type == "cuda":
+            forward.compile()
         watch = Watch(device, patience=20 if dtype == torch.float16 else 1)
         images_per_step = config.batch_size * config.gradient_accumulation_steps * world_size
         progress = Progress(state.step, config.num_training_steps, images_per_step, show=is_main)

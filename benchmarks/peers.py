@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.common import empty_cache, peak_memory, seconds_of
 from convert import to_diffusers
 from dataset import Batches, Faces
-from device import autocast_dtype, keep_freed_memory
+from device import autocast_dtype, set_up_device
 from diffusion import Diffusion
 from errors import UsageError
 from safety import Watch
@@ -106,7 +106,7 @@ class Ours(Row):
     """This project, as `train.train` runs it: batch, noise, step, average, log."""
 
     def __init__(self, config: Config, device: torch.device):
-        keep_freed_memory()
+        set_up_device(device)
         self.config, self.device = config, device
         faces = random_faces(8 * config.batch_size, config.img_size)
         self.batches = Batches(faces, config.batch_size, config.seed, device=device)
