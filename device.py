@@ -37,9 +37,8 @@ def set_up_device(device: torch.device, deterministic: bool = False) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep large blocks that are freed, for the next use. As it is, each tensor
-    of a step is given back to the system and handed out anew page by page, a tenth of a CPU's
-    step."""
+    """Let the C library keep large blocks that are freed, for the next use. Left alone it gives the
+    memory of each tensor back to the system and asks for it anew, a tenth of a step on a CPU."""
     with contextlib.suppress(OSError, AttributeError):  # another system or C library
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no block of its own for a large tensor

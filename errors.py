@@ -22,7 +22,7 @@ class UsageError(UserError):
 
 
 class DataError(UserError):
-    """Pictures or attributes that are missing or damaged."""
+    """Images or attributes that are missing or damaged."""
 
     exit_code = 3
 
@@ -46,8 +46,8 @@ class DivergedError(UserError):
 
 
 class Interrupted(BaseException):
-    """The run was stopped by a signal, after saving. Like KeyboardInterrupt no Exception, so that
-    nobody who tries one thing and then another takes it for a failure of the first."""
+    """A signal stopped the run, after it had saved. Not an Exception, as KeyboardInterrupt is not:
+    code that catches any failure, to try something else, must not catch this."""
 
     def __init__(self, signal_number: int):
         super().__init__(f"stopped by signal {signal_number}")

@@ -15,18 +15,18 @@ def write_atomically(path: Path, write: Callable[[Path], None], needed: int = 0)
     """Let `write` fill a file beside `path`, then give it that name: readers see all of it or none.
 
     needed: bytes, for the error. Raises ResourceError where the disk refuses."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(aside)
-        with open(aside, "rb+") as file:
+        write(temporary)
+        with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        os.replace(aside, path)
+        os.replace(temporary, path)
         sync_folder(path.parent)
     except OSError as error:
         raise disk_error(path, error, needed) from error
     finally:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:
@@ -47,7 +47,8 @@ def disk_error(path: Path, error: OSError, needed: int = 0) -> ResourceError:
 
 def save_json(path: Path, values: dict) -> None:
     """Write a dictionary as indented JSON."""
-    write_atomically(path, lambda aside: aside.write_text(json.dumps(values, indent=2) + "\n"))
+    text = json.dumps(values, indent=2) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text))
 
 
 def free_bytes(folder: Path) -> int:
@@ -57,14 +58,13 @@ def free_bytes(folder: Path) -> int:
 
 def remove_leftovers(folder: Path) -> None:
     """Remove what a killed run left half written. Only for the run that holds the folder's lock."""
-    for aside in folder.glob(".*.tmp"):
-        aside.unlink(missing_ok=True)
+    for temporary in folder.glob(".*.tmp"):
+        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """One run per folder. The kernel drops the lock with the process, so a crash leaves none
-    behind.
+    """One run per folder. The kernel drops the lock with the process, so a crash leaves none.
 
     Raises UsageError, with the pid of the run that holds it."""
     try:

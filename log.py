@@ -36,17 +36,15 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 class RunLog:
-    """A run's numbers and pictures: TensorBoard in its folder, loss.png, and lines for a terminal.
+    """A run's numbers and images: TensorBoard in its folder, loss.png.
 
-    history: [(step, loss)], which belongs in the checkpoint so that loss.png shows the whole
-    run."""
+    history: [[step, loss]], kept in the checkpoint so that loss.png shows the whole run."""
 
     def __init__(self, folder: Path, step: int, history: list[list[float]]):
         from torch.utils.tensorboard import SummaryWriter  # slow to import, not needed to read
 
         self.folder, self.history = folder, history
-        # TensorBoard drops what an interrupted run logged after the step that this one goes on
-        # from.
+        # What an interrupted run logged after the step to go on from, TensorBoard drops.
         self.writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
@@ -62,7 +60,7 @@ class RunLog:
         save_image(grid, self.folder / "samples" / f"step_{step:08d}.png")
 
     def plot_loss(self) -> None:
-        """Draw the losses so far as loss.png."""
+        """Plot the losses so far as loss.png."""
         if not self.history:
             return
         from matplotlib.figure import Figure
@@ -70,9 +68,8 @@ class RunLog:
         figure = Figure(figsize=(7, 4), layout="constrained")
         axes = figure.add_subplot(xlabel="step", ylabel="loss", yscale="log")
         axes.plot(*zip(*self.history, strict=True))
-        write_atomically(
-            self.folder / "loss.png", lambda aside: figure.savefig(aside, format="png")
-        )
+        path = self.folder / "loss.png"
+        write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
 
     def __enter__(self) -> "RunLog":
         return self

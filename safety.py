@@ -1,5 +1,4 @@
-"""What keeps a run of days safe: signals, the lock on its folder, the checks before the first step,
-the watch over its numbers."""
+"""What keeps a run of days safe: signals, checks before the first step, a watch over numbers."""
 
 import os
 import signal
@@ -62,8 +61,8 @@ def preflight(
 ):
     """Find out before the first step what would fail at the five-thousandth.
 
-    needed: bytes that the run's checkpoints will take; sample: draws a picture; save: writes a
-    checkpoint at a path. Raises ResourceError."""
+    needed: bytes that the run's checkpoints will take; sample: generates an image; save: writes a
+    checkpoint to a path. Raises ResourceError."""
     checkpoints = folder / "checkpoints"
     try:
         checkpoints.mkdir(parents=True, exist_ok=True)

@@ -91,16 +91,16 @@ def _range(about: Field) -> str:
 
 
 def fill(config: Any, saved: dict) -> tuple[Any, dict[str, Any]]:
-    """The config with which a checkpoint's run goes on, where the checkpoint is older than some of
-    the fixed constants: each of those that is left at its default is what it was before it existed.
+    """The config with which a checkpoint's run goes on, where the run is older than some of the
+    fixed constants: each of those that is left at its default stays what it was before it existed.
 
     saved: the checkpoint's settings. Returns the config, and what was filled in."""
-    lacking = [about for about in fields(config) if _is_fixed(about) and about.name not in saved]
-    filled = {
-        about.name: before(about)
-        for about in lacking
-        if getattr(config, about.name) == about.default != before(about)
-    }
+    filled = {}
+    for about in fields(config):
+        untouched = getattr(config, about.name) == about.default
+        was = saved.get(about.name, before(about))
+        if _is_fixed(about) and untouched and was == before(about) != about.default:
+            filled[about.name] = was
     return replace(config, **filled), filled
 
 

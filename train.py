@@ -13,7 +13,7 @@ random state is carried from step to step, so a resumed run equals one that was 
 import math
 import sys
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal
@@ -21,29 +21,22 @@ from typing import Literal
 import numpy as np
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
-from PIL import Image
 from torch import Tensor
 
 import cli
-from dataset import Batches, drop_attributes, load_faces
-from device import autocast_dtype, precision_note, set_up_device
-from diffusion import NOISE_SCHEDULES, PREDICTIONS, Diffusion
+from dataset import drop_attributes
+from device import set_up_device
+from diffusion import NOISE_SCHEDULES, PREDICTIONS
 from errors import Interrupted, UsageError
-from files import lock_folder, save_json
-from generate import sample_grid
-from likelihood import held_out_loss
+from files import lock_folder
 from log import Progress, RunLog, say
-from safety import StopSignals, Watch, agreed_stop, preflight
+from run import prepare_network, rehearse, set_up
+from safety import StopSignals, Watch, agreed_stop
 from settings import check_ranges, fixed, free
-from unet import default_channel_mults
+from unet import check_shape
 from utils import (
     checkpoint_path,
-    diffusion_arguments,
-    make_state,
     prune_checkpoints,
-    save_checkpoint,
-    take_up,
-    unet_arguments,
 )
 
 
@@ -91,10 +84,10 @@ class Config:
     keep_checkpoints: int = free(3, least=1)  # newest checkpoints that are kept
 
 
-# How long a process waits for the others: for the first to prepare the faces, say.
+# How long a process waits for the others, as while the first prepares the faces.
 PROCESS_TIMEOUT = timedelta(minutes=60)
 
-# What `--demo` changes: faces the program draws itself, a network that a CPU trains in minutes.
+# What `--demo` changes: synthetic faces, and a network that a CPU trains on them in minutes.
 DEMO = dict(
     experiment_name="demo",
     path_to_data="synthetic",
@@ -120,29 +113,17 @@ DEMO = dict(
 
 
 def check_config(config: Config) -> None:
-    """Raise UsageError, naming the flag, for a constant out of its range."""
-
-    def check(good: bool, name: str, allowed: str) -> None:
-        if not good:
-            raise UsageError(f"--{name}", f"is {getattr(config, name)!r}", f"give {allowed}")
-
+    """Raise UsageError, naming the flag, for a constant that cannot be."""
     check_ranges(config)
-    unique = len(set(config.attributes)) == len(config.attributes)
-    check(unique, "attributes", "each name once")
-    fits = config.channels >= 4 and config.channels % 4 == 0
-    check(fits, "channels", "a multiple of 4, such as 64")
-    check(config.experiment_name not in ("", ".", ".."), "experiment_name", "a folder's name")
-
-    mults = config.channel_mults or default_channel_mults(config.img_size)
-    check(min(mults) >= 1, "channel_mults", "whole numbers from 1, such as 1 2 2 2")
-    smallest = 2 ** (len(mults) - 1)
-    fits = config.img_size >= 8 and config.img_size % smallest == 0
-    allowed = f"a multiple of {smallest} from 8, as {len(mults)} stages need, such as 64"
-    check(fits, "img_size", allowed)
-    for mult in mults:
-        heads = max(1, config.channels * mult // config.head_dim)
-        fits = config.channels * mult % heads == 0
-        check(fits, "head_dim", f"a divisor of {config.channels * mult} channels")
+    if config.experiment_name in ("", ".", ".."):
+        raise UsageError("--experiment_name", f"is {config.experiment_name!r}", "name a folder")
+    if len(set(config.attributes)) < len(config.attributes):
+        raise UsageError("--attributes", f"is {config.attributes!r}", "give each name once")
+    try:
+        check_shape(config.img_size, config.channels, config.channel_mults, config.head_dim)
+    except ValueError as error:
+        argument, what, fix = error.args
+        raise UsageError(f"--{argument}", what, fix) from error
 
 
 def seed_of(*numbers: int) -> int:
@@ -199,113 +180,68 @@ def train_step(config, state, diffusion, batches, forward, dtype, rank=0) -> tup
     return total, grad_norm
 
 
-def measure_held_out(config, model, diffusion, faces, dtype) -> dict[str, float]:
-    """The loss on held-out faces, always with the same noise, for the log; {} where none are."""
-    some = faces.held_out[:200]
-    if len(some) == 0:
-        return {}
-    options = dict(timesteps=diffusion.timesteps(50), draws=4, dtype=dtype)
-    options |= dict(batch_size=min(config.batch_size, 64))  # what fits in training fits here
-    known = faces.images[some], faces.attributes[some]
-    held_out = held_out_loss(model, diffusion, *known, **options)
-    return {"held_out_loss": float(held_out.loss.mean())}
-
-
-def describe(config, faces, model, accelerator, dtype) -> None:
-    """Say what is trained on what, before it begins."""
-    used, device = str(dtype or torch.float32).removeprefix("torch."), accelerator.device.type
-    if note := precision_note(config.mixed_precision, dtype, accelerator.device):
-        say(note)
-    weights = sum(p.numel() for p in model.parameters()) / 1e6
-    say(faces.description)
-    say(f"{weights:.1f} M weights in {used} on {accelerator.num_processes} x {device}")
-
-
 def train(config: Config) -> Path:
     """Train as `config` says. Returns the experiment's folder; the README tells what lies there.
 
-    Raises UserError, by kind, for what the user can mend; Interrupted after a signal, when
+    Raises UserError, by kind, for what the user can mend; Interrupted after a signal, when it has
     saved."""
     check_config(config)
     folder = Path(config.experiment_name)
     timeout = InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)
     cpu = not torch.cuda.is_available()  # said, or accelerate runs processes on a CPU as one each
     accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[timeout])
-    device, is_main = accelerator.device, accelerator.is_main_process
-    set_up_device(device)
-    rank, world_size = accelerator.process_index, accelerator.num_processes
+    set_up_device(accelerator.device)
+    is_main, world_size = accelerator.is_main_process, accelerator.num_processes
     with StopSignals() as stop, lock_folder(folder) if is_main else nullcontext():
-        # The faces, the network, and where the run stood.
-        with accelerator.main_process_first():
-            faces = load_faces(config.path_to_data, config.img_size, config.only, config.attributes)
-        batches = Batches(faces, config.batch_size, config.seed, rank, world_size, device)
-        diffusion = Diffusion(**diffusion_arguments(config), device=device)
-        dtype = autocast_dtype(config.mixed_precision, device)
-        state = make_state(config, device, fp16=dtype == torch.float16)
-        ema = state.ema.model
-        run = {"world_size": world_size, "faces": faces.fingerprint}
-        networks = {"unet": unet_arguments(config), "diffusion": diffusion_arguments(config)}
-        about = {"settings": asdict(config) | run, **networks}
-        take_up(state, folder, about, config.resume)
+        run = set_up(config, accelerator)
+        config, state, diffusion, dtype = run.config, run.state, run.diffusion, run.dtype
         if state.step >= config.num_training_steps:
             say(f"{folder} has all its {state.step} steps")
             return folder
-
-        def save(path: Path) -> None:
-            save_checkpoint(path, about | state.state_dict())
-
-        def draw(config: Config = config, steps: int = 20) -> Image.Image | None:
-            return sample_grid(config, ema, diffusion, dtype, stop, steps)
-
-        # Find out now what would fail later.
         if is_main:
-            describe(config, faces, state.model, accelerator, dtype)
-            weights = sum(p.nbytes for p in state.model.parameters())
-            needed = (config.keep_checkpoints + 1) * weights * 4  # weights, EMA, two of Adam's
-            preflight(folder, needed, lambda: draw(replace(config, num_samples=1), steps=1), save)
-            save_json(folder / "config.json", asdict(config))
-
-        forward = accelerator.prepare_model(state.model)
-        if config.compile and device.type == "cuda":
-            forward.compile()
-        watch = Watch(device, patience=20 if dtype == torch.float16 else 1)
+            rehearse(run, accelerator, stop)
+        forward = prepare_network(run, accelerator)
+        watch = Watch(accelerator.device, patience=20 if dtype == torch.float16 else 1)
         images_per_step = config.batch_size * config.gradient_accumulation_steps * world_size
         progress = Progress(state.step, config.num_training_steps, images_per_step, show=is_main)
+        log = RunLog(folder, state.step, state.history) if is_main else nullcontext()
         stop.deferred = True  # from here on a signal waits for the end of the step
-        with (
-            RunLog(folder, state.step, state.history) if is_main else nullcontext() as log,
-            progress,
-        ):
+        with log, progress:
             while state.step < config.num_training_steps:
-                watch.add(*train_step(config, state, diffusion, batches, forward, dtype, rank))
+                # Take a step.
+                rank = accelerator.process_index
+                watch.add(*train_step(config, state, diffusion, run.batches, forward, dtype, rank))
                 progress.step()
                 step, last = state.step, state.step == config.num_training_steps
                 stopping = agreed_stop(stop, accelerator, step)
                 saving = step % config.save_every == 0 or last or stopping
+                sampling = step % config.sample_every == 0 or last
 
                 # Log, and stop where the numbers are no longer finite.
                 if step % config.log_every == 0 or saving:
                     values = watch.read(step, lambda totals: accelerator.reduce(totals, "mean"))
                     values["learning_rate"] = learning_rate(config, step - 1)
                     values["images_per_second"] = progress.log(values["loss"])
-                    if log and saving and not stopping:
-                        values |= measure_held_out(config, ema, diffusion, faces, dtype)
-                    if log:
+                    if is_main and saving and not stopping:
+                        values |= run.held_out_loss()
+                    if is_main:
                         log.scalars(step, values)
 
+                # Save.
                 if saving and is_main:
-                    save(checkpoint_path(folder, step))
+                    run.save(checkpoint_path(folder, step))
                     prune_checkpoints(folder, config.keep_checkpoints)
                     log.plot_loss()
                 if stopping:
                     say(f"stopped by a signal, step {step} is saved; go on with --resume")
                     raise Interrupted(stopping)
 
-                if log and (step % config.sample_every == 0 or last):
-                    grid = draw()
+                # Sample.
+                if sampling and is_main:
+                    grid = run.sample(stop, config.num_samples)
                     if grid is not None:
                         log.images(step, grid)
-                if saving or step % config.sample_every == 0:
+                if saving or sampling:
                     progress.restart()  # the clock counts training only
     accelerator.end_training()
     return folder
@@ -316,9 +252,7 @@ def main() -> None:
     arguments = sys.argv[1:]
     default = replace(Config(), **DEMO) if "--demo" in arguments else Config()
     flags = [argument for argument in arguments if argument != "--demo"]
-    description = (
-        "Train a diffusion model on faces. --demo: on synthetic faces, in minutes, on a CPU."
-    )
+    description = "Train a diffusion model on faces. --demo: synthetic ones, in minutes, on a CPU."
     train(cli.parse(Config, flags, description, default))
 
 

@@ -29,6 +29,23 @@ def default_channel_mults(img_size: int) -> tuple[int, ...]:
     return CHANNEL_MULTS[max(fitting)] if fitting else (1, 2, 2)
 
 
+def check_shape(img_size: int, channels: int, channel_mults: Sequence[int], head_dim: int) -> None:
+    """Raise ValueError(argument, what is wrong, what to do) where the stages do not fit."""
+
+    def check(good: bool, name: str, value: object, allowed: str) -> None:
+        if not good:
+            raise ValueError(name, f"is {value!r}", f"give {allowed}")
+
+    check(channels >= 4 and channels % 4 == 0, "channels", channels, "a multiple of 4, such as 64")
+    mults = tuple(channel_mults) or default_channel_mults(img_size)
+    smallest = 2 ** (len(mults) - 1)
+    allowed = f"a multiple of {smallest} from 8, as {len(mults)} stages need, such as 64"
+    check(img_size >= 8 and img_size % smallest == 0, "img_size", img_size, allowed)
+    for width in (channels * mult for mult in mults):
+        fits = width % max(1, width // head_dim) == 0
+        check(fits, "head_dim", head_dim, f"a divisor of {width} channels")
+
+
 def sinusoidal_embedding(t: Tensor, dim: int, freq_shift: int = 1) -> Tensor:
     """Sines and cosines of t at `dim / 2` frequencies from 1 to 1/10000 (Vaswani et al. 2017).
 
@@ -183,6 +200,7 @@ class UNet(nn.Module):
         freq_shift: int = 1,
     ):
         super().__init__()
+        check_shape(img_size, channels, channel_mults, head_dim)
         mults = tuple(channel_mults) or default_channel_mults(img_size)
         self.img_size, self.channels, self.freq_shift = img_size, channels, freq_shift
         time_dim = 4 * channels

@@ -1,8 +1,8 @@
-"""What a run leaves on disk: files that are whole or not there, checkpoints, pictures.
+"""Checkpoints, and how a run goes on from one.
 
 A checkpoint is a file of `torch.save` whose end names the SHA-256 of all before it, so that one
-flipped bit is noticed (`torch.load` notices none). It is written aside, synced, read back, and only
-then given its name: whatever happens, the newest good one stays.
+flipped bit is noticed (`torch.load` notices none). It is written under a temporary name, synced,
+read back, and only then given its own: whatever happens, the newest good one stays.
 """
 
 import hashlib
@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import settings
 from ema import EMA
 from errors import CheckpointError, DivergedError, UsageError
 from files import write_atomically
@@ -68,17 +69,17 @@ def save_checkpoint(path: Path, state: dict) -> None:
             raise DivergedError(name, "is not finite, so nothing was saved", fix)
     path = Path(path)
 
-    def write(aside: Path) -> None:
+    def write(temporary: Path) -> None:
         """Write, sync and read back."""
         try:
-            torch.save({"format": CHECKPOINT_FORMAT, **state}, aside)
+            torch.save({"format": CHECKPOINT_FORMAT, **state}, temporary)
         except RuntimeError as error:  # what torch makes of a full disk
             raise OSError(str(error).split("\n")[0]) from error
-        sign(aside)
-        with open(aside, "rb+") as file:
+        sign(temporary)
+        with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         try:
-            load_checkpoint(aside)
+            load_checkpoint(temporary)
         except CheckpointError as error:
             fix = "save only tensors, numbers, strings, lists and dictionaries"
             raise CheckpointError(path, f"would not load again ({error})", fix) from error
@@ -88,8 +89,7 @@ def save_checkpoint(path: Path, state: dict) -> None:
 
 
 def sign(path: Path) -> None:
-    """Append the SHA-256 of an archive to it, as the comment that the zip format allows at its
-    end."""
+    """Append the SHA-256 of an archive to it, as the comment the zip format allows at its end."""
     with open(path, "rb+") as file:
         file.seek(-2, io.SEEK_END)  # the comment's length, 0 as torch.save writes it
         file.write(_COMMENT_BYTES.to_bytes(2, "little"))
@@ -209,21 +209,6 @@ def plain_keys(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 # Resuming ----------------------------------------------------------------------------------------
 
-# What a resumed run may change; anything else would make it another run.
-MAY_CHANGE = {
-    "experiment_name",
-    "path_to_data",  # the faces themselves are compared by their fingerprint
-    "resume",
-    "num_training_steps",
-    "mixed_precision",
-    "compile",
-    "log_every",
-    "sample_every",
-    "num_samples",
-    "save_every",
-    "keep_checkpoints",
-}
-
 
 @dataclass
 class State:
@@ -248,8 +233,7 @@ class State:
         }
 
     def load_state_dict(self, saved: dict, path: Path) -> None:
-        """Take up the state that `path` held. Raises CheckpointError where something does not
-        fit."""
+        """Go on from what `path` held. Raises CheckpointError where something does not fit."""
         try:
             self.model.load_state_dict(plain_keys(saved["model"]))
             ema = saved["ema"]
@@ -270,8 +254,7 @@ class State:
 
 
 def make_state(config, device: torch.device, fp16: bool) -> State:
-    """The network, its average, the optimiser and the loss scale, as they are before the first
-    step."""
+    """The network, its average, the optimiser and the loss scale, as a run starts with them."""
     torch.manual_seed(config.seed)
     model = UNet(**unet_arguments(config)).to(device)
     # Outside fp16 the scale is 1 and stays 1: it only keeps a gradient that is not finite from the
@@ -301,46 +284,54 @@ def unet_arguments(config) -> dict:
     return arguments | {"num_attributes": len(config.attributes)}
 
 
-def take_up(state: State, folder: Path, about: dict, resume: bool) -> None:
-    """Load the newest good checkpoint of `folder` into `state`, where the run is to be resumed and
-    there is one.
+def open_run(folder: Path, resume: bool) -> tuple[Path, dict] | None:
+    """What a run goes on from, the newest good checkpoint of its folder, or None where it starts.
 
-    about: "settings", "unet" and "diffusion" of this run, as the checkpoint holds them. Raises
-    UsageError where a new run would fall into the folder of another, or where the settings differ
-    in
-    what may not change: it lists both values of each; CheckpointError where no checkpoint is good
-    or it holds another network."""
-    if not resume:
-        if list_checkpoints(folder):
-            what = f"{folder} already holds the checkpoints of a run"
-            fix = "pass --resume to go on, or choose another name"
-            raise UsageError("--experiment_name", what, fix)
-        return
-    found = load_newest_checkpoint(folder)
-    if found is None:
-        say(f"nothing to resume in {folder}: starting at step 0")
-        return
-    path, saved = found
-    for key in about:
+    Raises UsageError where a new run would fall into the folder of another, CheckpointError where
+    no checkpoint is good."""
+    if resume:
+        found = load_newest_checkpoint(folder)
+        if found is None:
+            say(f"nothing to resume in {folder}: starting at step 0")
+        return found
+    if list_checkpoints(folder):
+        what = f"{folder} already holds the checkpoints of a run"
+        fix = "pass --resume to go on, or choose another name"
+        raise UsageError("--experiment_name", what, fix)
+    return None
+
+
+def fill_config(config, path: Path, saved: dict):
+    """`config` for going on from a checkpoint: a constant that did not exist when its run began is
+    what it was before it existed. Raises CheckpointError where the settings are missing."""
+    for key in ("settings", "unet", "diffusion"):
         if key not in saved:
             raise CheckpointError(path, f"lacks {key!r}", "resume from another checkpoint")
+    config, filled = settings.fill(config, saved["settings"])
+    if filled:
+        text = ", ".join(f"{name} is {value}" for name, value in filled.items())
+        say(f"note: {path} is of a run older than some constants: {text}, as it was")
+    return config
+
+
+def take_up(state: State, path: Path, saved: dict, config, facts: dict) -> None:
+    """Load a checkpoint into `state`, where it is of this run.
+
+    facts: what must be as it was besides the fixed constants of `config`. Raises UsageError, with
+    both values of each, where something is not; CheckpointError where it holds another network."""
+    changed, refused = settings.changes(config, saved["settings"])
+    was = saved["settings"]
+    refused |= {name: (was.get(name), f) for name, f in facts.items() if was.get(name) != f}
     fix = "pass the values it was trained with, or choose another --experiment_name"
-    network = _differences(saved["unet"], about["unet"])
+    network = refused.keys() & (unet_arguments(config) | diffusion_arguments(config)).keys()
     if network:
-        raise CheckpointError(path, f"holds another network: {_list(network)}", fix)
-    changes = _differences(saved["settings"], about["settings"])
-    refused = {name: values for name, values in changes.items() if name not in MAY_CHANGE}
+        text = _list({name: refused[name] for name in sorted(network)})
+        raise CheckpointError(path, f"holds another network: {text}", fix)
     if refused:
         raise UsageError("--resume", f"{path} is of another run: {_list(refused)}", fix)
     state.load_state_dict(saved, path)
-    changes.pop("resume", None)
-    say(f"resumed {path}" + (f"; changed: {_list(changes)}" if changes else ""))
-
-
-def _differences(before: dict, now: dict) -> dict[str, tuple]:
-    names = before.keys() | now.keys()
-    pairs = {name: (before.get(name), now.get(name)) for name in sorted(names)}
-    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+    changed.pop("resume", None)
+    say(f"resumed {path}" + (f"; changed: {_list(changed)}" if changed else ""))
 
 
 def _list(changes: dict[str, tuple]) -> str:

@@ -1,5 +1,5 @@
-"""Faults around the checkpoint, by their number: a crash, a full disk or a flipped bit never costs
-the last good one, and nothing but whole, finite, plain weights is ever saved or loaded."""
+"""Faults around the checkpoint: a crash, a full disk or a flipped bit never costs the last good
+one, and nothing but whole, finite, plain weights is ever saved or loaded."""
 
 import builtins
 import errno
@@ -17,7 +17,7 @@ import torch
 from conftest import TINY, assert_error, flags, run_script, tensors_equal, tiny, write_pictures
 from PIL import Image
 
-import train as train_module
+import run as run_module
 import utils
 from errors import CheckpointError, DivergedError, ResourceError, UsageError
 from generate import load_trained
@@ -79,7 +79,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("bytes_written", [0, 100, 5000])
-def test_row_3_killed_inside_a_write(run, monkeypatch, bytes_written):
+def test_a_kill_inside_a_write_leaves_the_old_checkpoint(run, monkeypatch, bytes_written):
     before = newest(run).read_bytes()
 
     def half_save(state, path):
@@ -97,7 +97,9 @@ def test_row_3_killed_inside_a_write(run, monkeypatch, bytes_written):
 
 @pytest.mark.parametrize("where", ["fsync", "replace"])
 @pytest.mark.parametrize("after", [False, True])
-def test_row_4_killed_around_fsync_and_replace(run, monkeypatch, where, after):
+def test_a_kill_around_fsync_and_replace_leaves_the_old_or_the_new_checkpoint(
+    run, monkeypatch, where, after
+):
     old, new = load_checkpoint(newest(run)), {"step": 7, "model": {"w": torch.ones(3)}}
     real = getattr(os, where)
     for call in range(5):  # at each of the calls in turn
@@ -121,7 +123,7 @@ def test_row_4_killed_around_fsync_and_replace(run, monkeypatch, where, after):
         assert list(run.joinpath("checkpoints").glob("*.tmp")) == []
 
 
-def test_row_5_killed_while_old_checkpoints_are_removed(run, monkeypatch):
+def test_a_kill_while_old_checkpoints_are_removed_leaves_the_newest(run, monkeypatch):
     for step in (7, 8, 9):
         shutil.copy(newest(run), checkpoint_path(run, step))
     monkeypatch.setattr(Path, "unlink", lambda *a, **k: (_ for _ in ()).throw(Killed()))
@@ -131,7 +133,7 @@ def test_row_5_killed_while_old_checkpoints_are_removed(run, monkeypatch):
     monkeypatch.undo()
 
 
-def test_row_8_stale_temporary_file_is_removed(run):
+def test_a_stale_temporary_file_is_removed(run):
     stale = [run / "checkpoints" / ".step_00000009.pt.123.tmp", run / ".config.json.77.tmp"]
     for path in stale:
         path.write_bytes(b"half")
@@ -139,7 +141,7 @@ def test_row_8_stale_temporary_file_is_removed(run):
     assert not any(path.exists() for path in stale)
 
 
-def test_row_9_disk_full_names_the_bytes_needed(run, monkeypatch):
+def test_a_full_disk_names_the_bytes_needed(run, monkeypatch):
     before = newest(run).read_bytes()
 
     def full(state, path):
@@ -152,15 +154,15 @@ def test_row_9_disk_full_names_the_bytes_needed(run, monkeypatch):
     assert newest(run).read_bytes() == before
 
 
-def test_row_9_no_room_for_the_checkpoints_is_found_out_before_the_first_step(here, monkeypatch):
-    train_module.load_faces("pictures", 8)  # the disk fills up after the faces are prepared
+def test_no_room_for_the_checkpoints_is_found_out_before_the_first_step(here, monkeypatch):
+    run_module.load_faces("pictures", 8)  # the disk fills up after the faces are prepared
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 9))
     with pytest.raises(ResourceError, match="9 bytes left and the checkpoints need [0-9,]{6,}"):
         train(tiny())
     assert not list_checkpoints(here / "run")
 
 
-def test_row_9_file_size_limit_of_a_real_process(here):
+def test_a_limit_of_file_sizes_ends_a_real_process_before_the_first_step(here):
     """The disk takes 60 kB a file, a checkpoint is larger: exit 5 from the trial before step 1."""
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))  # noqa: E731
     result = run_script("train.py", *flags(TINY), preexec_fn=limit)
@@ -169,9 +171,9 @@ def test_row_9_file_size_limit_of_a_real_process(here):
 
 
 @pytest.mark.parametrize("call", ["open", "mkdir"])
-def test_row_10_read_only_output_is_found_out_before_the_first_step(here, monkeypatch, call):
-    load = train_module.load_faces("pictures", 8)
-    monkeypatch.setattr(train_module, "load_faces", lambda *a, **k: load)
+def test_a_read_only_folder_is_found_out_before_the_first_step(here, monkeypatch, call):
+    load = run_module.load_faces("pictures", 8)
+    monkeypatch.setattr(run_module, "load_faces", lambda *a, **k: load)
 
     def refuse(*arguments, **options):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
@@ -187,7 +189,7 @@ def test_row_10_read_only_output_is_found_out_before_the_first_step(here, monkey
         train(tiny())
 
 
-def test_row_11_failing_fsync_is_an_error_not_a_silent_success(run, monkeypatch):
+def test_a_failing_fsync_is_an_error_not_a_silent_success(run, monkeypatch):
     before = newest(run).read_bytes()
     error = OSError(errno.EIO, os.strerror(errno.EIO))
     with monkeypatch.context() as patch:
@@ -197,7 +199,7 @@ def test_row_11_failing_fsync_is_an_error_not_a_silent_success(run, monkeypatch)
     assert newest(run).read_bytes() == before
 
 
-def test_row_12_experiment_folder_that_is_a_file(here):
+def test_an_experiment_folder_that_is_a_file_is_named(here):
     (here / "run").touch()
     assert_error(run_script("train.py", *flags(TINY)), 2, "--experiment_name", "run is a file")
     assert (here / "run").read_bytes() == b""
@@ -206,7 +208,7 @@ def test_row_12_experiment_folder_that_is_a_file(here):
 # Damage ------------------------------------------------------------------------------------------
 
 
-def test_row_13_truncated_checkpoint_gives_way_to_the_one_before(run, capsys):
+def test_a_truncated_checkpoint_gives_way_to_the_one_before(run, capsys):
     whole = newest(run).read_bytes()
     for size in np.linspace(0, len(whole) - 1, 100).astype(int):
         newest(run).write_bytes(whole[:size])
@@ -218,14 +220,14 @@ def test_row_13_truncated_checkpoint_gives_way_to_the_one_before(run, capsys):
     assert warning.count("\n") == 1 and "step_00000006.pt" in warning and "step_00000003" in warning
 
 
-def test_row_13_run_resumed_behind_a_truncated_checkpoint_equals_the_reference(run):
+def test_a_run_resumed_behind_a_truncated_checkpoint_equals_the_uninterrupted_one(run):
     reference = load_checkpoint(newest(run))
     os.truncate(newest(run), 10_000)
     train(tiny(resume=True))
     assert equal_to(load_checkpoint(newest(run)), reference)
 
 
-def test_row_14_each_of_200_flipped_bits_is_noticed(run):
+def test_each_of_200_flipped_bits_is_noticed(run):
     whole = bytearray(newest(run).read_bytes())
     random = np.random.default_rng(0)
     edges = [0, 1, 30, len(whole) - 1, len(whole) - 70, len(whole) - 72, len(whole) - 90]
@@ -239,7 +241,7 @@ def test_row_14_each_of_200_flipped_bits_is_noticed(run):
     assert load_checkpoint(newest(run))["step"] == 6
 
 
-def test_row_15_all_checkpoints_bad_never_starts_over(run):
+def test_a_run_whose_checkpoints_are_all_bad_never_starts_over(run):
     for path in list_checkpoints(run):
         os.truncate(path, 1000)
     before = {p: p.read_bytes() for p in list_checkpoints(run)}
@@ -248,12 +250,12 @@ def test_row_15_all_checkpoints_bad_never_starts_over(run):
     assert before == {p: p.read_bytes() for p in list_checkpoints(run)}
 
 
-def test_row_16_empty_file_gives_way_to_the_one_before(run):
+def test_an_empty_checkpoint_gives_way_to_the_one_before(run):
     newest(run).write_bytes(b"")
     assert load_newest_checkpoint(run)[1]["step"] == 3
 
 
-def test_row_17_html_where_a_checkpoint_should_be(run):
+def test_a_web_page_where_a_checkpoint_should_be_is_one_line(run):
     page = run.parent / "page.pt"
     page.write_text("<!DOCTYPE html><html>quota exceeded</html>" * 50)
     assert_error(
@@ -261,7 +263,7 @@ def test_row_17_html_where_a_checkpoint_should_be(run):
     )
 
 
-def test_row_18_folder_where_a_file_is_meant(run):
+def test_a_run_s_folder_stands_for_its_newest_checkpoint(run):
     (run.parent / "empty").mkdir()
     result = run_script("sample.py", "--checkpoint", "empty")
     assert_error(result, 4, "empty", "holds no checkpoints")
@@ -270,7 +272,7 @@ def test_row_18_folder_where_a_file_is_meant(run):
         load_checkpoint(run)
 
 
-def test_row_19_checkpoint_that_is_not_there(run):
+def test_a_checkpoint_that_is_not_there_is_one_line(run):
     assert_error(run_script("sample.py", "--checkpoint", "no.pt"), 4, "no.pt", "does not exist")
     shutil.rmtree(run)
     assert_error(run_script("sample.py"), 4, "--checkpoint")
@@ -281,7 +283,7 @@ class Evil:
         return Path.touch, (Path("owned"),)
 
 
-def test_row_20_malicious_pickle_is_not_run(run):
+def test_a_malicious_pickle_is_not_run(run):
     for state in ({"format": 1, "model": Evil()}, Evil()):
         torch.save(state, "evil.pt")
         sign(Path("evil.pt"))
@@ -292,7 +294,7 @@ def test_row_20_malicious_pickle_is_not_run(run):
     assert not Path("owned").exists()
 
 
-def test_row_21_checkpoint_that_unpacks_to_more_than_its_size(run):
+def test_a_checkpoint_that_unpacks_to_more_than_its_size_is_refused(run):
     with zipfile.ZipFile("bomb.pt", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data/0", b"\0" * 50_000_000)
     assert os.path.getsize("bomb.pt") < 100_000
@@ -307,7 +309,7 @@ def keys_of(state: dict) -> list[tuple[str, ...]]:
     return [(k,) for k in state if k != "format"] + inner + some
 
 
-def test_row_22_each_missing_key_is_named(finished, tmp_path, monkeypatch, here):
+def test_each_missing_key_is_named(finished, tmp_path, monkeypatch, here):
     source = checkpoint_path(finished / "run", 6)
     for keys in keys_of(load_checkpoint(source)):
         path = checkpoint_path(here / "run", 6)
@@ -325,7 +327,7 @@ def test_row_22_each_missing_key_is_named(finished, tmp_path, monkeypatch, here)
         assert keys[-1] in str(error.value), (keys, str(error.value))
 
 
-def test_row_23_another_width_names_both_values(run):
+def test_another_width_names_both_values(run):
     result = run_script("train.py", *flags({**TINY, "resume": True, "channels": 16}))
     assert_error(result, 4, "channels was 8, is 16")
 
@@ -333,14 +335,14 @@ def test_row_23_another_width_names_both_values(run):
 @pytest.mark.parametrize(
     "name, value", [("seed", 3), ("batch_size", 2), ("learning_rate", 0.5), ("ema_decay", 0.5)]
 )
-def test_row_24_settings_that_change_the_run_are_refused(run, name, value):
+def test_settings_that_would_change_the_run_are_refused(run, name, value):
     before = newest(run).read_bytes()
     with pytest.raises(UsageError, match=f"{name} was {TINY.get(name, 0)}, is {value}"):
         train(tiny(**{"resume": True, "num_training_steps": 9, name: value}))
     assert newest(run).read_bytes() == before
 
 
-def test_row_24_other_faces_and_another_world_size_are_refused(run, monkeypatch):
+def test_other_faces_are_refused(run, monkeypatch):
     first = sorted((run.parent / "pictures").iterdir())[0]
     Image.new("RGB", (8, 8)).save(first)
     with pytest.raises(UsageError, match="faces was 21 faces"):
@@ -348,27 +350,27 @@ def test_row_24_other_faces_and_another_world_size_are_refused(run, monkeypatch)
     monkeypatch.undo()
 
 
-def test_row_24_world_size_is_compared(run):
+def test_another_number_of_processes_is_refused(run):
     rewrite(newest(run), lambda state: state["settings"].update(world_size=8))
     with pytest.raises(UsageError, match="world_size was 8, is 1"):
         train(tiny(resume=True, num_training_steps=9))
 
 
-def test_row_24_harmless_settings_pass_with_a_note(run, capsys):
+def test_harmless_settings_pass_with_a_note(run, capsys):
     train(tiny(resume=True, num_training_steps=7, save_every=1, log_every=1, keep_checkpoints=9))
     text = capsys.readouterr().out
     assert "num_training_steps was 6, is 7" in text and "save_every was 3, is 1" in text
     assert load_checkpoint(newest(run))["step"] == 7
 
 
-def test_row_25_newer_format_says_upgrade(run):
+def test_a_newer_format_says_upgrade(run):
     rewrite(newest(run), lambda state: state.update(format=99))
     with pytest.raises(CheckpointError, match="format 99.*upgrade"):
         load_checkpoint(newest(run))
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
-def test_row_26_prefixed_keys_load_equal(run, prefix):
+def test_prefixed_keys_load_equal(run, prefix):
     reference = load_checkpoint(newest(run))
 
     def add_prefix(state):
@@ -383,7 +385,7 @@ def test_row_26_prefixed_keys_load_equal(run, prefix):
     assert equal_to(state.state_dict(), reference)
 
 
-def test_row_27_resuming_in_another_precision_starts_the_loss_scale_afresh(run, capsys):
+def test_resuming_in_another_precision_starts_the_loss_scale_afresh(run, capsys):
     saved = load_checkpoint(newest(run))
     fp16 = make_state(tiny(), CPU, fp16=True)
     fp16.load_state_dict(saved, newest(run))
@@ -397,7 +399,7 @@ def test_row_27_resuming_in_another_precision_starts_the_loss_scale_afresh(run, 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 @pytest.mark.parametrize("part", ["model", "ema", "optimizer"])
-def test_row_32_numbers_that_are_not_finite_are_never_saved(run, part, poison):
+def test_numbers_that_are_not_finite_are_never_saved(run, part, poison):
     before = newest(run).read_bytes()
     state = load_checkpoint(newest(run))
     tensor = [t for _, t in utils.tensors_in(state[part]) if t.is_floating_point() and t.dim()][3]
@@ -407,7 +409,7 @@ def test_row_32_numbers_that_are_not_finite_are_never_saved(run, part, poison):
     assert newest(run).read_bytes() == before
 
 
-def test_row_65_objects_that_would_not_load_fail_the_save(run):
+def test_objects_that_would_not_load_fail_the_save(run):
     before = newest(run).read_bytes()
     with pytest.raises(CheckpointError, match="would not load again"):
         save_checkpoint(newest(run), {"step": 7, "oops": Path("x")})

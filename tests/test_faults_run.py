@@ -1,6 +1,5 @@
-"""Faults of a run, by their number: killed, stopped, diverged, without a terminal, of two
-processes. `=ref` in the table: weights, EMA, optimiser and scaler are those of an uninterrupted
-run, bit for bit."""
+"""Faults of a run: killed, stopped, diverged, without a terminal. Two runs are equal where weights,
+average, optimiser, loss scale and history are, bit for bit."""
 
 import itertools
 import math
@@ -23,6 +22,7 @@ import cli
 import files
 import images
 import log as log_module
+import run as run_module
 import safety
 import train as train_module
 import utils
@@ -52,8 +52,7 @@ def assert_equal_runs(a: dict, b: dict) -> None:
 
 
 def in_child(work) -> int:
-    """Run `work` in a forked process; its exit code. Nothing of it outlives a kill but its
-    files."""
+    """Run `work` in a forked process, of which only files outlive a kill; its exit code."""
     pid = os.fork()
     if pid == 0:
         code = 1
@@ -66,10 +65,8 @@ def in_child(work) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-TRACED = {train_module.__file__, utils.__file__, files.__file__, safety.__file__}
-ROUNDS = (
-    6  # of a loop over tensors, which touches no file, the first six count; a run has two steps
-)
+TRACED = {module.__file__ for module in (train_module, run_module, utils, files, safety)}
+ROUNDS = 6  # of a loop over tensors, which touches no file, the first six count
 
 
 def follow_lines(at_point) -> None:
@@ -134,7 +131,7 @@ def kill_everywhere(stride: int, twice: bool = False) -> None:
     for point in points:
         run = tiny(**{**settings, "experiment_name": f"run{point}", "resume": True})
         assert in_child(lambda run=run, point=point: kill_at(point, run)) == 137, point
-        if twice:  # row 6: killed again, while it takes up what it left
+        if twice:  # killed again, while it takes up what it left
             again = in_child(lambda run=run, point=point: kill_at(point // 2 + 1, run))
             assert again == 137 or point > lines // 2 and again == 0, point  # little was left to do
         assert in_child(lambda run=run: train(run)) == 0, point
@@ -144,21 +141,21 @@ def kill_everywhere(stride: int, twice: bool = False) -> None:
     print(f"killed at {len(points)} of {lines} lines")
 
 
-def test_row_1_killed_at_every_7th_line(quick):
+def test_a_run_killed_at_every_7th_line_resumes_to_the_same_end(quick):
     kill_everywhere(stride=7)
 
 
-def test_row_6_killed_while_resuming(quick):
+def test_a_run_killed_while_resuming_resumes_to_the_same_end(quick):
     kill_everywhere(stride=53, twice=True)
 
 
 @pytest.mark.slow
-def test_row_1_killed_at_every_line(quick):
+def test_a_run_killed_at_every_line_resumes_to_the_same_end(quick):
     kill_everywhere(stride=1)
 
 
 def kill_at_random_times(times: int, config: dict) -> None:
-    """Row 2: SIGKILL a real process again and again; the last one is left to finish."""
+    """SIGKILL a real process again and again; the last one is left to finish."""
     command = [sys.executable, str(ROOT / "train.py"), *flags({**config, "resume": True})]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     started = time.monotonic()
@@ -180,16 +177,16 @@ def kill_at_random_times(times: int, config: dict) -> None:
     assert_equal_runs(final("run", step), final("reference", step))
 
 
-def test_row_2_killed_at_3_random_times(here):
+def test_a_process_killed_at_3_random_times_comes_to_the_same_end(here):
     kill_at_random_times(3, {**TINY, **FAST, "num_training_steps": 15})
 
 
 @pytest.mark.slow
-def test_row_2_killed_at_20_random_times(here):
+def test_a_process_killed_at_20_random_times_comes_to_the_same_end(here):
     kill_at_random_times(20, {**TINY, **FAST, "num_training_steps": 40})
 
 
-def test_row_7_three_resumes_in_one_epoch(here):
+def test_three_resumes_in_one_epoch_change_nothing(here):
     train(tiny(experiment_name="whole", num_training_steps=4, save_every=1))
     for steps in (1, 2, 3, 4):  # an epoch is 5 batches of 4
         train(tiny(num_training_steps=steps, resume=True, save_every=1, log_every=1))
@@ -198,7 +195,7 @@ def test_row_7_three_resumes_in_one_epoch(here):
         assert tensors_equal(a[part], b[part])
 
 
-def test_row_66_data_order_across_a_kill_is_the_uninterrupted_one(here, monkeypatch):
+def test_the_data_order_across_a_resume_is_the_uninterrupted_one(here, monkeypatch):
     seen = []
     real = Batches.__call__
 
@@ -216,7 +213,7 @@ def test_row_66_data_order_across_a_kill_is_the_uninterrupted_one(here, monkeypa
     assert seen == whole and len(whole) == 12 and len({total for _, total in whole}) == 12
 
 
-def test_row_67_learning_rate_across_a_kill_is_the_uninterrupted_one(here):
+def test_the_learning_rate_across_a_resume_is_the_uninterrupted_one(here):
     config = dict(lr_schedule="constant", warmup_steps=8, log_every=1, num_training_steps=10)
     train(tiny(experiment_name="whole", **config))
     train(tiny(**{**config, "num_training_steps": 4}))
@@ -235,7 +232,7 @@ def test_row_67_learning_rate_across_a_kill_is_the_uninterrupted_one(here):
 def test_each_part_of_the_state_is_needed(here, monkeypatch, part):
     train(tiny(experiment_name="whole"))
     train(tiny(num_training_steps=3))
-    forgotten = train_module.make_state(tiny(), torch.device("cpu"), fp16=False).state_dict()
+    forgotten = run_module.make_state(tiny(), torch.device("cpu"), fp16=False).state_dict()
     real = utils.load_newest_checkpoint
 
     def forgetful(folder):
@@ -264,7 +261,7 @@ def run_poisoned(monkeypatch, poison, steps=(4,), **changes):
     return train(tiny(**changes))
 
 
-def test_row_29_nan_loss_saves_nothing(here, monkeypatch):
+def test_a_nan_loss_saves_nothing(here, monkeypatch):
     with pytest.raises(DivergedError, match="loss is not finite") as error:
         run_poisoned(monkeypatch, lambda loss: loss * math.nan)
     assert error.value.exit_code == 6
@@ -287,14 +284,12 @@ class Explode(torch.autograd.Function):
 @pytest.fixture
 def fp16_patience(monkeypatch):
     """The loss scale and the patience of fp16, with the arithmetic of float32."""
-    real = train_module.make_state
-    monkeypatch.setattr(train_module, "make_state", lambda c, d, fp16: real(c, d, fp16=True))
+    real = run_module.make_state
+    monkeypatch.setattr(run_module, "make_state", lambda c, d, fp16: real(c, d, fp16=True))
     monkeypatch.setattr(train_module, "Watch", lambda device, patience: Watch(device, 20))
 
 
-def test_row_30_one_infinite_gradient_under_a_loss_scale_skips_one_step(
-    here, monkeypatch, fp16_patience
-):
+def test_one_infinite_gradient_under_a_loss_scale_skips_one_step(here, monkeypatch, fp16_patience):
     train(tiny(experiment_name="clean", num_training_steps=4, save_every=1, keep_checkpoints=9))
     run_poisoned(monkeypatch, Explode.apply, num_training_steps=6, save_every=1, keep_checkpoints=9)
     before, at, after = final("run", 4), final("run", 5), final("run", 6)
@@ -303,18 +298,18 @@ def test_row_30_one_infinite_gradient_under_a_loss_scale_skips_one_step(
     assert tensors_equal(final("clean", 4)["model"], before["model"])
 
 
-def test_row_31_twenty_skipped_steps_in_a_row_stop_the_run(here, monkeypatch, fp16_patience):
+def test_twenty_skipped_steps_in_a_row_stop_the_run(here, monkeypatch, fp16_patience):
     with pytest.raises(DivergedError, match="20 updates in a row"):
         run_poisoned(monkeypatch, Explode.apply, range(3, 23), num_training_steps=60, save_every=23)
     assert not list_checkpoints(here / "run")
 
 
-def test_row_31_nineteen_do_not(here, monkeypatch, fp16_patience):
+def test_nineteen_skipped_steps_in_a_row_do_not_stop_the_run(here, monkeypatch, fp16_patience):
     run_poisoned(monkeypatch, Explode.apply, range(3, 22), num_training_steps=24, save_every=24)
     assert final("run", 24)["scaler"]["scale"] == 2.0 ** (16 - 19)
 
 
-def test_row_33_infinite_gradient_without_a_loss_scale_stops_before_the_step(here, monkeypatch):
+def test_an_infinite_gradient_without_a_loss_scale_stops_before_the_step(here, monkeypatch):
     updated = []
     real = EMA.update
     monkeypatch.setattr(EMA, "update", lambda self, m: (updated.append(m), real(self, m)))
@@ -324,7 +319,7 @@ def test_row_33_infinite_gradient_without_a_loss_scale_stops_before_the_step(her
     assert [p.stem for p in list_checkpoints(here / "run")] == ["step_00000003"]
 
 
-def test_row_29_exit_code_of_a_real_process(here):
+def test_a_process_whose_loss_is_nan_exits_6(here):
     script = "import sys, math; sys.path.insert(0, {!r}); import train, cli, diffusion\n".format(
         str(ROOT)
     )
@@ -365,7 +360,7 @@ PLACES = {
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 @pytest.mark.parametrize("place", PLACES)
-def test_rows_34_35_38_a_signal_in_the_loop_saves_and_ends(here, monkeypatch, place, number, code):
+def test_a_signal_in_the_loop_saves_and_ends(here, monkeypatch, place, number, code):
     config = dict(save_every=2, sample_every=2, log_every=1)
     train(tiny(experiment_name="whole", **config))
     with monkeypatch.context() as patch:
@@ -380,8 +375,8 @@ def test_rows_34_35_38_a_signal_in_the_loop_saves_and_ends(here, monkeypatch, pl
     assert_equal_runs(final("whole", 6), final("run", 6))
 
 
-def test_row_34_a_signal_while_loading_faces_ends_at_once(here, monkeypatch):
-    hook(monkeypatch, train_module, "load_faces", send(signal.SIGTERM))
+def test_a_signal_while_loading_faces_ends_at_once(here, monkeypatch):
+    hook(monkeypatch, run_module, "load_faces", send(signal.SIGTERM))
     with pytest.raises(Interrupted) as stop:
         train(tiny())
     assert stop.value.exit_code == 143 and not list_checkpoints(here / "run")
@@ -401,7 +396,7 @@ def start(*words, settings=None, **options) -> subprocess.Popen:
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_rows_35_37_a_real_process_saves_and_exits(here, number, code):
+def test_a_real_process_saves_on_a_signal_and_exits(here, number, code):
     process = start(start_new_session=True, settings={"save_every": 100_000})
     os.killpg(process.pid, number)
     _, errors = process.communicate(timeout=60)
@@ -410,7 +405,7 @@ def test_rows_35_37_a_real_process_saves_and_exits(here, number, code):
     assert load_checkpoint(newest)["step"] >= 3
 
 
-def test_row_36_ctrl_c_twice_ends_within_a_second(here):
+def test_ctrl_c_twice_ends_within_a_second(here):
     process = start()
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGINT)
@@ -424,7 +419,7 @@ def test_row_36_ctrl_c_twice_ends_within_a_second(here):
     assert process.returncode == 130 and time.monotonic() - began < 2
 
 
-def test_row_36_the_second_signal_does_not_wait_for_the_step(here):
+def test_the_second_signal_does_not_wait_for_the_step(here):
     script = (
         f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); from safety import StopSignals\n"
     )
@@ -438,7 +433,7 @@ def test_row_36_the_second_signal_does_not_wait_for_the_step(here):
     assert process.wait(timeout=1) == 130
 
 
-def test_row_39_a_caller_s_signal_handlers_are_given_back(here):
+def test_a_caller_s_signal_handlers_are_given_back(here):
     mine = {}
     before = {n: signal.signal(n, lambda *a: mine.update(hit=1)) for n in (2, 15)}
     handlers = [signal.getsignal(n) for n in (2, 15)]
@@ -453,7 +448,7 @@ def test_row_39_a_caller_s_signal_handlers_are_given_back(here):
             signal.signal(number, handler)
 
 
-def test_row_41_two_runs_in_one_folder(here):
+def test_two_runs_in_one_folder_are_refused_and_a_crash_leaves_no_lock(here):
     process = start()
     result = run_script("train.py", *flags({**TINY, "resume": True}))
     assert_error(result, 2, "--experiment_name", f"pid {process.pid}")
@@ -466,7 +461,7 @@ def test_row_41_two_runs_in_one_folder(here):
 # Sampling, resources, the log --------------------------------------------------------------------
 
 
-def test_row_28_a_save_during_sampling_holds_raw_and_averaged_weights(here, monkeypatch):
+def test_a_save_during_sampling_holds_raw_and_averaged_weights(here, monkeypatch):
     train(tiny(experiment_name="whole"))
     taken = {}
     real = Diffusion._evaluate
@@ -490,7 +485,7 @@ def test_row_28_a_save_during_sampling_holds_raw_and_averaged_weights(here, monk
     assert_equal_runs(final("whole", 6), final("run", 6))
 
 
-def test_row_59_out_of_memory_suggests_a_smaller_batch(here):
+def test_out_of_memory_suggests_a_smaller_batch(here):
     script = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import train, cli, torch, diffusion\n"
     script += "def loss(*a): raise torch.OutOfMemoryError('CUDA out of memory.')\n"
     script += "diffusion.Diffusion.loss = loss\ncli.run(train.main)"
@@ -499,7 +494,7 @@ def test_row_59_out_of_memory_suggests_a_smaller_batch(here):
     assert_error(result, 5, "--batch_size", "--gradient_accumulation_steps")
 
 
-def test_row_60_fp16_on_a_cpu_says_what_is_used_instead(here, capsys):
+def test_fp16_on_a_cpu_says_what_is_used_instead(here, capsys):
     train(tiny(mixed_precision="fp16", num_training_steps=1))
     used = "bfloat16" if torch.cpu._is_avx512_bf16_supported() else "float32"
     assert f"note: fp16 needs a CUDA GPU; training in {used}" in capsys.readouterr().out
@@ -509,7 +504,7 @@ def steps_logged(folder) -> list[int]:
     return [event.step for event in EventAccumulator(str(folder)).Reload().Scalars("loss")]
 
 
-def test_row_61_tensorboard_shows_no_step_twice_after_a_kill(here):
+def test_tensorboard_shows_no_step_twice_after_a_kill(here):
     config = tiny(log_every=1, save_every=3, num_training_steps=8)
     code = "import sys; sys.path.insert(0, {!r}); import train, os, log\n".format(str(ROOT))
     code += "real = log.RunLog.scalars\n"
@@ -525,7 +520,7 @@ def test_row_61_tensorboard_shows_no_step_twice_after_a_kill(here):
     assert steps_logged("run") == [1, 2, 3, 4, 5, 6, 7, 8] and config.log_every == 1
 
 
-def test_row_61_cut_record_is_survived(here):
+def test_a_cut_tensorboard_record_is_survived(here):
     train(tiny(log_every=1, num_training_steps=3))
     events = next((here / "run").glob("events*"))
     os.truncate(events, events.stat().st_size - 5)
@@ -535,13 +530,13 @@ def test_row_61_cut_record_is_survived(here):
     assert sorted(set(steps)) == steps and steps[-3:] == [4, 5, 6]
 
 
-def test_row_62_no_terminal_means_plain_lines(here):
+def test_no_terminal_means_plain_lines(here):
     result = run_script("train.py", *flags(TINY))
     assert result.returncode == 0 and "\r" not in result.stdout + result.stderr
     assert [line for line in result.stdout.splitlines() if line.startswith("step 6/6")]
 
 
-def test_row_62_the_run_survives_a_closed_stdout(here):
+def test_the_run_survives_a_closed_stdout(here):
     words = flags({**TINY, "num_training_steps": 30, "log_every": 1})
     command = [sys.executable, str(ROOT / "train.py"), *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -554,7 +549,7 @@ def test_row_62_the_run_survives_a_closed_stdout(here):
     assert "Traceback" not in errors and final("run", 30)["step"] == 30
 
 
-def test_row_63_a_clock_that_steps_back_changes_nothing(here, monkeypatch):
+def test_a_clock_that_steps_back_changes_nothing(here, monkeypatch):
     train(tiny(experiment_name="whole", sample_every=2))
     times = iter(range(10**9, 0, -3600))
     with monkeypatch.context() as patch:
@@ -563,7 +558,7 @@ def test_row_63_a_clock_that_steps_back_changes_nothing(here, monkeypatch):
     assert_equal_runs(final("whole", 6), final("run", 6))
 
 
-def test_row_64_a_killed_sampler_leaves_no_partial_picture(here, monkeypatch):
+def test_a_killed_sampler_leaves_no_partial_image(here, monkeypatch):
     import sample
 
     train(tiny())
@@ -581,7 +576,7 @@ def test_row_64_a_killed_sampler_leaves_no_partial_picture(here, monkeypatch):
         assert set(here.rglob("*.*")) == before
 
 
-def test_row_68_a_finished_run_resumed_exits_0_and_touches_nothing(here):
+def test_a_finished_run_resumed_exits_0_and_touches_nothing(here):
     assert run_script("train.py", *flags(TINY)).returncode == 0
     before = {
         p: p.read_bytes() for p in (here / "run").rglob("*") if p.is_file() and p.name != "lock"
@@ -604,7 +599,7 @@ def test_row_68_a_finished_run_resumed_exits_0_and_touches_nothing(here):
         ["--ema_decay", "2"],
     ],
 )
-def test_row_69_numbers_out_of_range_name_the_flag(here, words):
+def test_numbers_out_of_range_name_the_flag(here, words):
     with pytest.raises(UsageError, match=f"^{words[0]}: .*Fix: "):
         check_config(cli.parse(Config, words, ""))
 
@@ -673,7 +668,7 @@ def test_two_processes_train_save_sample_and_resume_exactly(here, port):
     assert not tensors_equal(final("alone", 6)["model"], final("run", 6)["model"])
 
 
-def test_row_56_one_of_two_processes_is_killed(here, port):
+def test_a_run_of_two_processes_of_which_one_is_killed_resumes_to_the_same_end(here, port):
     body = "real = train.train_step\ndef step(config, state, *a):\n"
     body += "    last = os.environ['RANK'] == '1' and not config.resume\n"
     body += "    if last and state.step == 4: os._exit(137)\n"
@@ -693,7 +688,7 @@ def test_row_56_one_of_two_processes_is_killed(here, port):
 
 
 @pytest.mark.parametrize("action", ["raise RuntimeError('lost')", "time.sleep(1000)"])
-def test_row_57_one_of_two_processes_raises_or_hangs(here, port, action):
+def test_one_of_two_processes_that_raises_or_hangs_ends_both(here, port, action):
     body = "from datetime import timedelta\ntrain.PROCESS_TIMEOUT = timedelta(seconds=8)\n"
     body += "real = train.train_step\ndef step(config, state, *a):\n"
     body += f"    if state.step == 4 and os.environ['RANK'] == '1': {action}\n"
@@ -705,7 +700,7 @@ def test_row_57_one_of_two_processes_raises_or_hangs(here, port, action):
     assert load_checkpoint(list_checkpoints(here / "run")[0])["step"] == 3
 
 
-def test_row_58_sigterm_to_one_of_two_processes_saves_one_step_for_both(here, port):
+def test_sigterm_to_one_of_two_processes_saves_one_step_for_both(here, port):
     body = "real = train.train_step\ndef step(config, state, *a):\n"
     body += "    if state.step == 4 and os.environ['RANK'] == '1': os.kill(os.getpid(), 15)\n"
     body += "    return real(config, state, *a)\ntrain.train_step = step"

@@ -1,13 +1,15 @@
-"""The loop: what a step does, what a run leaves, and that a resumed run equals one never
-stopped."""
+"""The loop: what a step does, what a run leaves, and that a resumed run equals an unbroken one."""
 
 import json
 import math
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, make_dataclass, replace
+from inspect import signature
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import TINY, assert_error, flags, run_script, tensors_equal, tiny
+from conftest import ROOT, TINY, assert_error, flags, run_script, tensors_equal, tiny
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -16,15 +18,27 @@ from cli import parse
 from dataset import Batches, load_faces
 from diffusion import Diffusion
 from errors import UsageError
+from generate import load_trained
+from sample import SampleConfig, sample
+from settings import before, fixed
 from train import DEMO, Config, check_config, learning_rate, train, train_step
-from utils import checkpoint_path, list_checkpoints, load_checkpoint, make_state
+from unet import UNet
+from utils import (
+    checkpoint_path,
+    diffusion_arguments,
+    list_checkpoints,
+    load_checkpoint,
+    make_state,
+    save_checkpoint,
+    unet_arguments,
+)
 
 CPU = torch.device("cpu")
 STATE = ("step", "model", "ema", "optimizer", "scaler", "history")
 
 
 def checkpoint(step, name="run"):
-    return load_checkpoint(checkpoint_path(train_module.Path(name), step))
+    return load_checkpoint(checkpoint_path(Path(name), step))
 
 
 def assert_same_state(a: dict, b: dict, parts=STATE) -> None:
@@ -267,8 +281,6 @@ def test_only_the_newest_checkpoints_are_kept(here):
 
 def test_checkpoint_rebuilds_networks_without_train(here):
     saved = load_checkpoint(checkpoint_path(train(tiny()), 6))
-    from unet import UNet
-
     UNet(**saved["unet"]).load_state_dict(saved["ema"]["model"])
     assert Diffusion(**saved["diffusion"]).num_timesteps == 50
 
@@ -416,3 +428,95 @@ def test_a_choice_that_there_is_not_names_the_flag(word):
 def test_constants_out_of_range_name_the_flag(changes):
     with pytest.raises(UsageError, match=f"--{list(changes)[0]}: is"):
         check_config(tiny(**changes))
+
+
+# Older checkpoints -------------------------------------------------------------------------------
+
+# Written by commit 4762fd4 from 22 images, at step 3, and at step 6 of the resumed run.
+OLD = {step: ROOT / "tests" / "data" / f"format_1_step_{step}.pt" for step in (3, 6)}
+OLD_NETWORK = dict(channels=4, head_dim=4)
+
+
+def take(step: int, change=lambda saved: None) -> dict:
+    """Lay the old checkpoint of a step, changed, into `run`. Returns what it holds."""
+    path = checkpoint_path(Path("run"), step)
+    path.parent.mkdir(parents=True)
+    saved = load_checkpoint(OLD[step])
+    change(saved)
+    save_checkpoint(path, saved)
+    return saved
+
+
+def assert_close(a: dict, b: dict) -> None:
+    """The states are equal but for what another processor rounds differently."""
+    assert a["step"] == b["step"] and a["scaler"] == b["scaler"]
+    for part in ("model", "ema", "optimizer", "history"):
+        for (name, x), (other, y) in zip(numbers_in(a[part]), numbers_in(b[part]), strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6, msg=f"{part}.{name}")
+            assert name == other
+
+
+def numbers_in(state: object, name: str = "") -> list[tuple[str, torch.Tensor]]:
+    if isinstance(state, dict):
+        pairs = state.items()
+    elif isinstance(state, list | tuple):
+        pairs = enumerate(state)
+    else:
+        return [(name, torch.as_tensor(state))] if state is not None else []
+    return [pair for key, value in pairs for pair in numbers_in(value, f"{name}.{key}")]
+
+
+def test_an_old_checkpoint_resumes_to_what_the_code_of_its_time_gave(here):
+    take(3)
+    train(tiny(resume=True, **OLD_NETWORK))
+    now, then = checkpoint(6), load_checkpoint(OLD[6])
+    assert_close(now, then)
+    # Where the processor is the one that wrote it, nothing differs at all.
+    print("bit for bit:", all(tensors_equal(now[part], then[part]) for part in STATE))
+
+
+def with_constants(*new):
+    """A Config with further constants: (name, type, field)."""
+    return make_dataclass("Later", new, bases=(Config,), frozen=True)
+
+
+def test_a_checkpoint_that_lacks_a_constant_goes_on_as_it_was_before_the_constant(here, capsys):
+    def forget_prediction(saved):
+        del saved["settings"]["prediction"], saved["diffusion"]["prediction"]
+
+    take(3, forget_prediction)
+    # Later the default is another one, and a constant is new altogether.
+    Later = with_constants(
+        ("prediction", str, fixed("v", before="eps")), ("new", int, fixed(1, before=0))
+    )
+    words = {**TINY, **OLD_NETWORK, "resume": True}
+    train(Later(**words))
+    assert_close(checkpoint(6), load_checkpoint(OLD[6]))
+    settings = checkpoint(6)["settings"]
+    assert settings["prediction"] == "eps" and settings["new"] == 0
+    assert "prediction is eps, new is 0" in capsys.readouterr().out
+    assert load_trained("run").diffusion.prediction == "eps"
+    train(Later(**{**words, "num_training_steps": 7}))  # and again, from what that wrote
+    assert checkpoint(7)["settings"]["new"] == 0
+    with pytest.raises(UsageError, match="new was 0, is 2"):
+        train(Later(**{**words, "new": 2, "num_training_steps": 9}))
+
+
+def test_the_networks_defaults_are_what_a_checkpoint_means_that_lacks_an_argument():
+    """So that sample.py rebuilds older networks from what they hold."""
+    for cls, arguments in ((UNet, unet_arguments), (Diffusion, diffusion_arguments)):
+        parameters = signature(cls).parameters
+        for about in fields(Config):
+            if about.name in arguments(Config()):
+                assert parameters[about.name].default == before(about), about.name
+
+
+def test_an_old_checkpoint_samples_what_it_did(here):
+    """The same weights give the same grid: of the state resumed by today's code, or of the old."""
+    take(3)
+    train(tiny(resume=True, **OLD_NETWORK))
+    grids = []
+    for checkpoint in ("run", OLD[6]):
+        options = SampleConfig(checkpoint=str(checkpoint), num_images=4, out="grid.png")
+        grids.append(np.asarray(Image.open(sample(options))).astype(int))
+    assert np.abs(grids[0] - grids[1]).max() <= 1

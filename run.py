@@ -1,0 +1,108 @@
+"""What a run works with: set up from its constants or its newest checkpoint, and tried out before
+the first step."""
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from torch import nn
+
+from dataset import Batches, Faces, load_faces
+from device import autocast_dtype, precision_note
+from diffusion import Diffusion
+from files import save_json
+from generate import sample_grid
+from likelihood import held_out_loss
+from log import say
+from safety import StopSignals, preflight
+from utils import (
+    State,
+    diffusion_arguments,
+    fill_config,
+    make_state,
+    open_run,
+    save_checkpoint,
+    take_up,
+    unet_arguments,
+)
+
+
+class Run(NamedTuple):
+    """What a run works with, once it is set up."""
+
+    config: Any  # train.Config
+    folder: Path
+    faces: Faces
+    batches: Batches
+    diffusion: Diffusion
+    dtype: torch.dtype | None  # half precision to compute in, or None
+    state: State
+    about: dict  # what a checkpoint holds besides the state
+
+    def save(self, path: Path) -> None:
+        """Write a checkpoint."""
+        save_checkpoint(path, self.about | self.state.state_dict())
+
+    def sample(self, stop: StopSignals, num_samples: int, steps: int = 20) -> Image.Image | None:
+        """A grid from the averaged weights, or None where a signal came in between."""
+        config = replace(self.config, num_samples=num_samples)
+        return sample_grid(config, self.state.ema.model, self.diffusion, self.dtype, stop, steps)
+
+    def held_out_loss(self) -> dict[str, float]:
+        """The averaged weights' loss on held-out faces, always with the same noise; {} of none."""
+        some = self.faces.held_out[:200]
+        if len(some) == 0:
+            return {}
+        images, attributes = self.faces.images[some], self.faces.attributes[some]
+        options = dict(timesteps=self.diffusion.timesteps(50), draws=4, dtype=self.dtype)
+        options |= dict(batch_size=min(self.config.batch_size, 64))  # what fits in training fits
+        model = self.state.ema.model
+        losses = held_out_loss(model, self.diffusion, images, attributes, **options).loss
+        return {"held_out_loss": float(losses.mean())}
+
+
+def set_up(config, accelerator: Accelerator) -> Run:
+    """The faces, the network, and where the run stood."""
+    folder, device = Path(config.experiment_name), accelerator.device
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    found = open_run(folder, config.resume)
+    if found:
+        config = fill_config(config, *found)
+    with accelerator.main_process_first():
+        faces = load_faces(config.path_to_data, config.img_size, config.only, config.attributes)
+    batches = Batches(faces, config.batch_size, config.seed, rank, world_size, device)
+    diffusion = Diffusion(**diffusion_arguments(config), device=device)
+    dtype = autocast_dtype(config.mixed_precision, device)
+    state = make_state(config, device, fp16=dtype == torch.float16)
+    facts = {"world_size": world_size, "faces": faces.fingerprint}
+    networks = {"unet": unet_arguments(config), "diffusion": diffusion_arguments(config)}
+    about = {"settings": asdict(config) | facts, **networks}
+    if found:
+        take_up(state, *found, config, facts)
+    return Run(config, folder, faces, batches, diffusion, dtype, state, about)
+
+
+def rehearse(run: Run, accelerator: Accelerator, stop: StopSignals) -> None:
+    """Say what is trained on what; find out now what would fail later."""
+    config, device, model = run.config, accelerator.device.type, run.state.model
+    used = str(run.dtype or torch.float32).removeprefix("torch.")
+    if note := precision_note(config.mixed_precision, run.dtype, accelerator.device):
+        say(note)
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    say(run.faces.description)
+    say(f"{millions:.1f} M weights in {used} on {accelerator.num_processes} x {device}")
+    size = sum(p.nbytes for p in model.parameters())
+    needed = (config.keep_checkpoints + 1) * size * 4  # weights, EMA, two moments of Adam's
+    preflight(run.folder, needed, lambda: run.sample(stop, num_samples=1, steps=1), run.save)
+    save_json(run.folder / "config.json", asdict(config))
+
+
+def prepare_network(run: Run, accelerator: Accelerator) -> nn.Module:
+    """The network as the step calls it: distributed, on a GPU compiled."""
+    forward = accelerator.prepare_model(run.state.model)
+    if run.config.compile and accelerator.device.type == "cuda":
+        forward.compile()
+    return forward
