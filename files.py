@@ -1,12 +1,13 @@
 """Files that are whole or not there, and the lock on a run's folder."""
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+import filelock
 
 from errors import ResourceError, UsageError
 
@@ -30,7 +31,10 @@ def write_atomically(path: Path, write: Callable[[Path], None], needed: int = 0)
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a renaming in the folder outlive a power cut."""
+    """Make a renaming in the folder outlive a power cut, where the system opens folders for that:
+    Windows does not."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -48,7 +52,7 @@ def disk_error(path: Path, error: OSError, needed: int = 0) -> ResourceError:
 def save_json(path: Path, values: dict) -> None:
     """Write a dictionary as indented JSON."""
     text = json.dumps(values, indent=2) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text))
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def free_bytes(folder: Path) -> int:
@@ -64,31 +68,28 @@ def remove_leftovers(folder: Path) -> None:
 
 @contextlib.contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """One run per folder. The kernel drops the lock with the process, so a crash leaves none.
+    """One run per folder. The system drops the lock with the process, so a crash leaves none
+    behind; `lock.pid` is beside it, as nobody but its holder can read a locked file on Windows.
 
     Raises UsageError, with the pid of the run that holds it."""
+    lock, pid = filelock.FileLock(folder / "lock", timeout=0), folder / "lock.pid"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
     except FileExistsError as error:
         raise UsageError(
             "--experiment_name", f"{folder} is a file", "choose another name"
         ) from error
-    except OSError as error:
-        raise disk_error(folder, error) from error
-    try:
-        file = open(folder / "lock", "a+")
+    except filelock.Timeout as error:
+        holder = pid.read_text(encoding="utf-8").strip() if pid.exists() else "that is not known"
+        what = f"{folder} is in use by the run with pid {holder}"
+        raise UsageError("--experiment_name", what, "choose another, or stop that run") from error
     except OSError as error:
         raise disk_error(folder / "lock", error) from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            what = f"{folder} is in use by the run with pid {file.read().strip()}"
-            raise UsageError(
-                "--experiment_name", what, "choose another, or stop that run"
-            ) from error
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
+    try:
+        with contextlib.suppress(OSError):  # only for the line above
+            pid.write_text(f"{os.getpid()}\n", encoding="utf-8")
         yield
+    finally:
+        pid.unlink(missing_ok=True)
+        lock.release()

@@ -4,7 +4,6 @@ in processes of their own."""
 import multiprocessing
 import os
 import platform
-import resource
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -13,6 +12,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 
+import psutil
 import torch
 
 
@@ -32,7 +32,7 @@ def machine(device: torch.device) -> str:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
     threads = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads in torch"
     versions = f"torch {torch.__version__}, {date.today()}"
-    return f"machine: {name}, {threads}, {versions}, load before {os.getloadavg()[0]:.1f}"
+    return f"machine: {name}, {threads}, {versions}, load before {psutil.getloadavg()[0]:.1f}"
 
 
 def measure(calls: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
@@ -78,12 +78,17 @@ def peak_memory(device: torch.device) -> int:
     """The most bytes this process has held: of the GPU's memory, or on a CPU of the machine's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    memory = psutil.Process().memory_info()
+    if hasattr(memory, "peak_wset"):  # Windows
+        return memory.peak_wset
     # Not getrusage's where it can be helped: there a process inherits its parent's.
     status = Path("/proc/self/status")
     if status.is_file():
         for line in status.read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
+    import resource  # which Windows lacks
+
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if platform.system() == "Darwin" else most * 1024
 
