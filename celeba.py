@@ -11,8 +11,8 @@ list_eval_partition.txt or .csv, where it is there, says which faces are kept ou
 """
 
 import errno
+import os
 import shutil
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from errors import DataError, ResourceError
+from log import say
 
 FOLDER = Path("data")  # where it is downloaded to, if that is absent or empty; nowhere else
 ARCHIVES = ("img_align_celeba.zip", "archive.zip")  # as the authors and as Kaggle name it
@@ -32,9 +33,9 @@ def locate(path: Path) -> Path:
     """Return the archive or folder of CelebA's images within a folder, or else the folder."""
     for base in (path, path / "celeba"):
         for name in ARCHIVES:
-            if (base / name).is_file():
+            if os.path.isfile(base / name):
                 return base / name
-        if (base / "img_align_celeba").is_dir():
+        if os.path.isdir(base / "img_align_celeba"):
             return base / "img_align_celeba"
     return path
 
@@ -137,7 +138,7 @@ def download(folder: Path, check: Callable[[Path], object]) -> Path:
     failures = []
     for site, fetch in (("Kaggle", _from_kaggle), ("Google Drive", _from_google_drive)):
         try:
-            print(f"{folder}: no data, downloading CelebA, 1.4 GB, from {site}", file=sys.stderr)
+            say(f"{folder}: no data, downloading CelebA, 1.4 GB, from {site}")
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             found = fetch(temporary)

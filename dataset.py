@@ -9,6 +9,7 @@ Which faces a batch holds follows from (seed, index, rank, world size) alone.
 
 import hashlib
 import math
+import re
 import zlib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from errors import DataError, UsageError
 from images import to_x_0
-from prepared import prepare
+from prepared import check_not_cut, prepare
 from sources import SOURCES, Source, find_source
 
 PREPARATION = 1  # part of every key: raise it when the crop or the decoding changes
@@ -37,15 +38,22 @@ class Faces:
     held_out: np.ndarray  # int64 indices into images: kept for evaluation; of a few, none
     key: str  # the name of the prepared array: from the listing, the crop, the size
     description: str  # one line for the log
+    checksum: int = 0  # CRC-32 of the whole array of images
 
     @property
     def fingerprint(self) -> str:
-        """A checksum of the contents: of some images, of which ones are trained on, and of their
+        """A checksum of the contents: of all images, of which ones are trained on, and of their
         attributes. The same wherever the images lie."""
+        return self._fingerprint("checksum of all", self.checksum.to_bytes(4, "big"))
+
+    def matches(self, fingerprint: str) -> bool:
+        """Whether this is the fingerprint of these faces. Older ones were of 64 images only."""
         some = self.images[np.linspace(0, len(self.images) - 1, 64).astype(int)]
-        parts = (some, self.train, self.attributes)
-        checksum = zlib.crc32(b"".join(np.ascontiguousarray(part).tobytes() for part in parts))
-        return f"{len(self.train)} faces, checksum {checksum:08x}"
+        return fingerprint in (self.fingerprint, self._fingerprint("checksum", some.tobytes()))
+
+    def _fingerprint(self, word: str, images: bytes) -> str:
+        checksum = zlib.crc32(images + self.train.tobytes() + self.attributes.tobytes())
+        return f"{len(self.train)} faces, {word} {checksum:08x}"
 
 
 def parse_attributes(specs: Sequence[str], flag: str = "--only") -> dict[str, int]:
@@ -57,7 +65,9 @@ def parse_attributes(specs: Sequence[str], flag: str = "--only") -> dict[str, in
         if not name or equals and value not in ("1", "-1", "0"):
             fix = "write Smiling, or Smiling=-1 for those without"
             raise UsageError(flag, f"{spec!r} is not of the form name or name=value", fix)
-        values[name] = int(value) if equals else 1
+        number = int(value) if equals else 1
+        if values.setdefault(name, number) != number:
+            raise UsageError(flag, f"{name} is {values[name]} and {number}", "give it once")
     return values
 
 
@@ -86,21 +96,22 @@ def load_faces(
     if held_out is None:
         held_out = np.arange(source.count) % 20 == 19
     key, shape = _key(source, img_size), (source.count, img_size, img_size, 3)
-    images = prepare(key, shape, source.images(img_size))
+    images, checksum = prepare(key, shape, source.images(img_size))
 
     keep = (values[:, : len(kept)] == list(kept.values())).all(axis=1)
     train, held_out = np.flatnonzero(keep & ~held_out), np.flatnonzero(keep & held_out)
     text = f"{len(train):,} faces ({len(held_out):,} held out), {img_size}x{img_size}"
-    text += f", from {source.where}"
+    text += f", from {source.where}{source.remark}"
     if kept:
         words = [name if value == 1 else f"not {name}" for name, value in kept.items()]
         text += f": the {keep.sum():,} of {len(keep):,} with {', '.join(words)}"
         if len(train) == 0:
             raise DataError("--only", f"leaves {text}", "ask for less at a time")
-    return Faces(images, values[:, len(kept) :].astype(np.float32), train, held_out, key, text)
+    values = values[:, len(kept) :].astype(np.float32)
+    return Faces(images, values, train, held_out, key, text, checksum)
 
 
-def _check_names(source: Source, only: Iterable[str], attributes: Iterable[str]) -> None:
+def _check_names(source: Source, only: Iterable[str], attributes: Sequence[str]) -> None:
     for flag, names in (("--only", only), ("--attributes", attributes)):
         for name in names:
             if source.attributes is None:
@@ -110,12 +121,17 @@ def _check_names(source: Source, only: Iterable[str], attributes: Iterable[str])
             if name not in source.attribute_names:
                 fix = f"choose of {', '.join(source.attribute_names)}"
                 raise UsageError(flag, f"no attribute {name}", fix)
+    for name in attributes:
+        if attributes.count(name) > 1:
+            raise UsageError("--attributes", f"names {name} twice", "give it once")
 
 
 def _key(source: Source, img_size: int) -> str:
-    """The name of the prepared array of a source."""
+    """The name of the prepared array of a source: for readers some of the source's, then a digest
+    of all that the pixels depend on."""
+    name = re.sub(r"[^\w.-]", "_", Path(source.where).absolute().stem)[:40]
     digest = hashlib.sha256(f"{PREPARATION} {source.listing}".encode()).hexdigest()[:16]
-    return f"{Path(source.where).absolute().stem}_{img_size}_{digest}"
+    return f"{name}_{img_size}_{digest}"
 
 
 # ---- The batch of a step ----
@@ -192,6 +208,7 @@ class Batches:
         mirrored = np.random.default_rng([self.seed, index, self.rank, 1]).random(len(places)) < 0.5
         picks, pixels = torch.from_numpy(np.stack([places, mirrored])), None
         if self.resident is None:
+            check_not_cut(self.faces.images)
             pixels = torch.from_numpy(self.faces.images[self.faces.train[places]])
         if self.cuda:
             picks, pixels = picks.pin_memory(), None if pixels is None else pixels.pin_memory()

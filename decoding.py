@@ -3,6 +3,7 @@
 Threads do the decoding, no processes: Pillow gives up the interpreter's lock for most of it.
 """
 
+import errno
 import io
 import math
 import os
@@ -16,9 +17,10 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageOps
 
-from errors import DataError
+from errors import DataError, ResourceError, UserError
 
 BATCH = 64  # images that a thread decodes at a time
+FORMATS = {"Gray": "GRAY", "CMYK": "CMYK", "YCCK": "CMYK"}  # what simplejpeg can make of them
 
 
 def face_box(width: int, height: int, aligned: bool) -> tuple[int, int, int, int]:
@@ -57,7 +59,8 @@ def crop_face(image: Image.Image, img_size: int, aligned: bool = False) -> np.nd
 
 
 def decode_face(data: bytes, img_size: int, aligned: bool = False) -> np.ndarray:
-    """Return `crop_face` of a file's contents. Raises what Pillow raises on damaged data."""
+    """Return `crop_face` of a file's contents. Raises ValueError on a damaged JPEG, and what Pillow
+    raises on other damage."""
     pixels = _plain_jpeg(data)
     if pixels is None:
         with Image.open(io.BytesIO(data)) as image:
@@ -69,15 +72,20 @@ def decode_face(data: bytes, img_size: int, aligned: bool = False) -> np.ndarray
 
 def _plain_jpeg(data: bytes) -> np.ndarray | None:
     """The pixels of an upright JPEG in colour, (H, W, 3) uint8, or None for anything else, which
-    Pillow decodes. The same library as Pillow's does it, in less time."""
-    if not data.startswith(b"\xff\xd8") or b"Exif\0\0" in data:
+    Pillow decodes. The same library as Pillow's does it, in less time.
+
+    Raises ValueError on any damaged JPEG: Pillow makes up what is missing and says nothing."""
+    if not data.startswith(b"\xff\xd8"):
         return None
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-        plain = colours == "YCbCr" and height * width <= (Image.MAX_IMAGE_PIXELS or math.inf)
-        return simplejpeg.decode_jpeg(data, "RGB") if plain else None
-    except ValueError:  # damaged: Pillow's message says more
+    except ValueError:  # Pillow's message says more
         return None
+    if height * width > (Image.MAX_IMAGE_PIXELS or math.inf):
+        return None
+    plain = colours == "YCbCr" and b"Exif\0\0" not in data and b"tiff:Orientation" not in data
+    pixels = simplejpeg.decode_jpeg(data, FORMATS.get(colours, "RGB"))
+    return pixels if plain else None
 
 
 def decode_all(
@@ -89,14 +97,14 @@ def decode_all(
 ) -> Iterator[np.ndarray]:
     """Yield the images of these names in their order, (<= BATCH, S, S, 3) uint8 at a time.
 
-    read: the bytes behind a name. Raises DataError, which names the file in `where`."""
+    read: the bytes behind a name. Raises DataError, which names the file in `where`, and
+    ResourceError where not the file is at fault."""
 
     def decode(name: str) -> np.ndarray:
         try:
             return decode_face(read(name), img_size, aligned)
         except Exception as error:  # on damaged data Pillow and zipfile raise nearly anything
-            what = f"cannot be used as an image ({type(error).__name__}: {error})"
-            raise DataError(f"{where}/{name}", what, "replace it or remove it") from error
+            raise _image_error(f"{where}/{name}", error) from error
 
     def decode_batch(start: int) -> np.ndarray:
         return np.stack([decode(name) for name in names[start : start + BATCH]])
@@ -114,3 +122,18 @@ def decode_all(
                 yield pending.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _image_error(name: str, error: Exception) -> UserError:
+    """The line for an image that could not be read or decoded."""
+    number = getattr(error, "errno", None)
+    if isinstance(error, MemoryError) or number == errno.ENOMEM:
+        return ResourceError(name, "does not fit in the memory that is left", "end other programs")
+    if number in (errno.EMFILE, errno.ENFILE):
+        fix = "raise the limit (ulimit -n), or end other programs"
+        return ResourceError(name, "cannot be opened: too many files are open", fix)
+    if number:
+        fix = "check the disk, the file and its permissions"
+        return DataError(name, f"cannot be read ({error.strerror})", fix)
+    what = f"cannot be used as an image ({type(error).__name__}: {error})"
+    return DataError(name, what, "replace it or remove it")

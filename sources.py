@@ -8,9 +8,10 @@ a folder either.
 import hashlib
 import os
 import re
+import stat
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +25,8 @@ from errors import DataError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 HIDDEN = re.compile(r"(^|/)(\.[^./]|__MACOSX/)")  # .git/, ._001.jpg; but not ../
+OF_A_RUN = ("checkpoints", "evaluation", "loss.png", "samples")  # what a run leaves in its folder
+LARGEST = 1 << 28  # bytes of an image file, unpacked
 NUM_SYNTHETIC = 20_000  # faces in the source "synthetic"
 
 
@@ -38,6 +41,7 @@ class Source:
     attribute_names: Sequence[str] = ()
     attributes: Callable[[Sequence[str]], np.ndarray] | None = None  # names -> (N, K) int8, 1 or -1
     held_out: np.ndarray | None = None  # (N,) bool, kept from training; None: every 20th
+    remark: str = ""  # what else the log should say, behind the name
 
 
 def synthetic_faces() -> Source:
@@ -66,12 +70,13 @@ def find_source(path_to_data: str | Path) -> Source:
     into the folder `data` where that is absent or empty.
 
     Raises DataError, and ResourceError where there is no room for the download."""
-    if path_to_data in SOURCES:
-        return SOURCES[path_to_data]()
     path = Path(path_to_data)
+    if path_to_data in SOURCES:
+        other = f" (built in; the one in this folder is ./{path})" if os.path.exists(path) else ""
+        return replace(SOURCES[path_to_data](), remark=other)
     if path.absolute() == celeba.FOLDER.absolute() and _is_empty(path):
         path = celeba.download(path, lambda found: image_files(open_files(found)))
-    if not path.exists():
+    if not os.path.lexists(path):
         fix = f"check the path, or give {celeba.FOLDER} for CelebA, downloaded"
         raise DataError(path, "is not there", f"{fix}; built in: {', '.join(SOURCES)}")
     return image_files(open_files(path))
@@ -96,12 +101,17 @@ class Files(NamedTuple):
     names: list[str]  # of images and of CelebA's lists, sorted
     read: Callable[[str], bytes]  # what is behind a name
     listing: str  # another one as soon as an image is another one
+    remark: str  # what was left out
 
 
 def open_files(path: Path) -> Files:
     """Return the files of a folder or zip, or of the CelebA within it. Raises DataError."""
     path = celeba.locate(path)
-    return _open_folder(path) if path.is_dir() else _open_archive(path)
+    if os.path.isdir(path):
+        return _open_folder(path)
+    if not os.path.isfile(path):
+        raise DataError(path, "is neither a folder nor a file", "check the path, its links")
+    return _open_archive(path)
 
 
 def image_files(files: Files) -> Source:
@@ -122,41 +132,77 @@ def image_files(files: Files) -> Source:
     def images(img_size: int) -> Iterator[np.ndarray]:
         return decode_all(files.where, names, files.read, img_size, aligned)
 
-    listing = f"{aligned} {files.listing}"  # the crop follows from it
-    return Source(files.where, len(names), listing, images, attribute_names, attributes, held_out)
+    # Other folders may hold files of the same names, sizes and times. The crop is by `aligned`.
+    listing = f"{aligned} {os.path.realpath(files.where)!r} {files.listing}"
+    about = (attribute_names, attributes, held_out, files.remark)
+    return Source(files.where, len(names), listing, images, *about)
 
 
 def _open_folder(root: Path) -> Files:
-    found, folders = [], [""]
+    """The files in a folder and below it, also behind links, each once."""
+    found, seen, runs, folders, links = [], set(), [], [""], []
     try:
-        while folders:
-            below = folders.pop()
-            with os.scandir(root / below) as entries:
-                for entry in entries:
-                    name = below + entry.name
-                    if entry.is_dir(follow_symlinks=False):
-                        folders.append(f"{name}/")
-                    elif _is_of_use(name):
-                        stat = entry.stat()
-                        found.append((name, stat.st_size, stat.st_mtime_ns))
+        while folders or links:
+            below = folders.pop() if folders else links.pop()
+            status = os.stat(root / below)
+            if (status.st_dev, status.st_ino) in seen:  # a link to what is listed already
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            with os.scandir(root / below) as scan:
+                entries = sorted(scan, key=lambda entry: entry.name, reverse=True)
+            if {"config.json", "checkpoints"} <= {entry.name for entry in entries}:
+                runs.append(str(root / below))
+                entries = [entry for entry in entries if entry.name not in OF_A_RUN]
+            for entry in entries:
+                name = below + entry.name
+                if entry.is_dir():
+                    hidden = HIDDEN.search(f"{name}/")
+                    into = links if entry.is_symlink() else folders
+                    into += [] if hidden else [f"{name}/"]
+                elif _is_of_use(name):
+                    found.append((name, *_size_and_time(root / name)))
     except OSError as error:
         what = f"cannot be listed ({error.strerror}: {error.filename})"
         raise DataError(root, what, "check the folder, its links and permissions") from error
     found.sort()
     listing = repr([entry for entry in found if not celeba.is_list(entry[0])])
-    names = [name for name, _, _ in found]
-    return Files(root, names, lambda name: (root / name).read_bytes(), listing)
+    remark = f", without what runs have left in {', '.join(sorted(runs))}" if runs else ""
+
+    def read(name: str) -> bytes:
+        _check_size((root / name).stat().st_size)
+        return (root / name).read_bytes()
+
+    return Files(root, [name for name, _, _ in found], read, listing, remark)
+
+
+def _size_and_time(path: Path) -> tuple[int, int]:
+    """Of a file, or of what a link leads to. Raises DataError where reading could take for ever."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise DataError(path, "is no file but a pipe or a device", "remove it")
+    return status.st_size, status.st_mtime_ns
 
 
 def _open_archive(path: Path) -> Files:
     try:
-        archive, stat = zipfile.ZipFile(path), path.stat()
-    except (zipfile.BadZipFile, OSError) as error:
+        archive, status = zipfile.ZipFile(path), path.stat()
+    except Exception as error:  # on damaged archives zipfile raises nearly anything
         fix = "get it again; often it is a web page, saved under the name of the archive"
         raise DataError(path, f"cannot be read as a zip archive ({error})", fix) from error
     # Not its members' dates and sizes: this is enough to know an archive by, and quick.
-    listing = repr((path.name, stat.st_size, stat.st_mtime_ns))
-    return Files(path, sorted(filter(_is_of_use, set(archive.namelist()))), archive.read, listing)
+    listing = repr((path.name, status.st_size, status.st_mtime_ns))
+
+    def read(name: str) -> bytes:
+        _check_size(archive.getinfo(name).file_size)  # zipfile unpacks no more than that
+        return archive.read(name)
+
+    names = sorted(filter(_is_of_use, set(archive.namelist())))
+    return Files(path, names, read, listing, "")
+
+
+def _check_size(size: int) -> None:
+    if size > LARGEST:
+        raise ValueError(f"{size:,} bytes, more than the {LARGEST:,} that an image may have")
 
 
 def _is_of_use(name: str) -> bool:

@@ -5,7 +5,9 @@ CelebA of `shared/data` is there, the same facts are checked on it too."""
 
 import csv
 import io
+import os
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -310,6 +312,18 @@ def test_parse_attributes_refuses_anything_else_and_names_the_flag(spec):
         parse_attributes([spec], "--condition")
 
 
+def test_an_attribute_with_two_values_is_refused():
+    with pytest.raises(UsageError, match="^--only: Smiling is 1 and -1"):
+        parse_attributes(["Smiling", "Male", "Smiling=-1"])
+    assert parse_attributes(["Smiling", "Smiling=1"]) == {"Smiling": 1}
+
+
+def test_an_attribute_named_twice_is_refused(tmp_path):
+    root = make_celeba(tmp_path / "data")
+    with pytest.raises(UsageError, match="^--attributes: names Male twice"):
+        load_faces(root, 64, attributes=["Male", "Young", "Male"])
+
+
 def test_unknown_attributes_are_refused_with_those_that_exist(tmp_path):
     root = make_celeba(tmp_path / "data")
     with pytest.raises(UsageError, match="^--only: .*Smilling.*Eyeglasses, Male, Smiling, Young"):
@@ -356,7 +370,7 @@ def test_plain_jpeg_has_the_pixels_that_pillow_decodes(img_size, options):
 
 
 @pytest.mark.parametrize("mode,extra", [("L", {}), ("CMYK", {}), ("RGB", {"orientation": 6})])
-def test_other_jpegs_are_left_to_pillow(mode, extra, monkeypatch):
+def test_other_jpegs_are_left_to_pillow(mode, extra):
     random = np.random.default_rng(0)
     image = Image.fromarray(random.integers(0, 256, (20, 30, 3), dtype=np.uint8)).convert(mode)
     exif = Image.Exif()
@@ -364,10 +378,18 @@ def test_other_jpegs_are_left_to_pillow(mode, extra, monkeypatch):
         exif[0x0112] = extra["orientation"]
     file = io.BytesIO()
     image.save(file, "JPEG", **({"exif": exif} if extra else {}))
-    fail = lambda *_: pytest.fail("not by Pillow")  # noqa: E731
-    monkeypatch.setattr(decoding.simplejpeg, "decode_jpeg", fail)
+    assert decoding._plain_jpeg(file.getvalue()) is None
     expected = crop_face(Image.open(file), 8)
     np.testing.assert_array_equal(decode_face(file.getvalue(), 8), expected)
+
+
+def test_an_orientation_that_only_xmp_gives_is_applied():
+    upright = Image.open(io.BytesIO(jpeg(1, (16, 16))))
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><r tiff:Orientation="6"/></x:xmpmeta>'
+    file = io.BytesIO()
+    upright.transpose(Image.Transpose.ROTATE_90).save(file, "JPEG", quality=100, xmp=xmp)
+    found = decode_face(file.getvalue(), 16).astype(int)
+    assert abs(found - np.asarray(upright)).mean() < 10  # turned the wrong way: over 60
 
 
 # ---- Preparing once ----
@@ -393,6 +415,105 @@ def test_a_changed_image_makes_a_new_array(layout, tmp_path):
     after = load_faces(tmp_path / "data", 64)
     assert after.key != before.key
     assert not np.array_equal(after.images[2], before.images[2])
+
+
+@pytest.mark.parametrize("layout", ["folder", "one archive"])
+def test_sources_of_one_name_with_files_of_one_size_and_time_have_arrays_of_their_own(layout):
+    keys = []
+    for home, pixel in (("a", 10), ("b", 20)):
+        Path(home, "mine").mkdir(parents=True)
+        for number in range(3):
+            Image.new("RGB", (8, 8), (pixel, number, 0)).save(f"{home}/mine/{number}.bmp")
+        path = Path(home, "mine")
+        if layout == "one archive":
+            with zipfile.ZipFile(f"{home}/mine.zip", "w") as archive:
+                for file in sorted(path.iterdir()):
+                    archive.write(file, file.name)
+            path = Path(home, "mine.zip")
+        for file in [path, *Path(home, "mine").iterdir()]:
+            os.utime(file, (1e9, 1e9))
+        faces = load_faces(path, 8)
+        assert faces.images[0, 0, 0].tolist() == [pixel, 0, 0]
+        keys.append(faces.key)
+    assert keys[0] != keys[1]
+
+
+def test_a_link_to_a_folder_shares_its_array():
+    make_folder(Path("mine"), 3)
+    Path("linked").symlink_to("mine")
+    first, second = load_faces("mine", 8), load_faces("linked", 8)
+    assert first.key.partition("_8_")[2] == second.key.partition("_8_")[2]
+
+
+@pytest.mark.parametrize("name", ["n" * 240, "\u00e9" * 100, "a\udcffb", "a:b c'\n"])
+def test_a_folder_of_any_name_is_prepared(name):
+    faces = load_faces(make_folder(Path(name), 3), 8)
+    assert len(faces.images) == 3 and len(faces.key) < 80 and faces.key.encode()
+
+
+def test_images_behind_a_link_to_a_folder_are_read_and_each_once():
+    make_folder(Path("elsewhere"), 2)
+    make_folder(Path("mine/below"), 3)
+    Path("mine/more").symlink_to(Path("elsewhere").absolute())
+    Path("mine/again").symlink_to("below")
+    Path("mine/below/loop").symlink_to("..")
+    names = sources.open_files(Path("mine")).names
+    assert names == [*(f"below/00{i}.jpg" for i in range(3)), "more/000.jpg", "more/001.jpg"]
+
+
+def test_what_runs_have_left_is_no_data_and_the_log_says_so():
+    make_folder(Path("faces"), 3)
+    for run in ("run", "runs/second"):
+        make_folder(Path(run, "samples"), 2)
+        make_folder(Path(run, "evaluation"), 1)
+        Path(run, "checkpoints").mkdir()
+        Path(run, "config.json").write_text("{}")
+        Path(run, "loss.png").write_bytes(b"")
+    faces = load_faces(".", 8)
+    assert len(faces.images) == 3
+    assert "without what runs have left in run, runs/second" in faces.description.replace("/,", ",")
+    make_folder(Path("run"), 4)  # a run may have the name of the folder it trains on
+    assert len(load_faces("run", 8).images) == 4
+
+
+def test_a_folder_of_the_name_of_a_built_in_source_is_pointed_to(monkeypatch):
+    monkeypatch.setattr(sources, "NUM_SYNTHETIC", 20)
+    assert load_faces("synthetic", 8).description.endswith("from synthetic")
+    make_folder(Path("synthetic"), 3)
+    faces = load_faces("synthetic", 8)
+    assert len(faces.images) == 20 and "./synthetic" in faces.description
+    assert len(load_faces("./synthetic", 8).images) == 3
+
+
+# ---- The fingerprint ----
+
+
+def fingerprint_of_old(faces):
+    """As commit 4762fd4 computed it, from 64 images."""
+    some = faces.images[np.linspace(0, len(faces.images) - 1, 64).astype(int)]
+    parts = (some, faces.train, faces.attributes)
+    checksum = zlib.crc32(b"".join(np.ascontiguousarray(part).tobytes() for part in parts))
+    return f"{len(faces.train)} faces, checksum {checksum:08x}"
+
+
+def test_one_other_image_of_a_thousand_is_another_fingerprint():
+    make_folder(Path("mine"), 1000, size=(8, 8))
+    before = load_faces("mine", 8)
+    Path("mine/501.jpg").write_bytes(jpeg(5000, (8, 8)))
+    after = load_faces("mine", 8)
+    assert before.fingerprint != after.fingerprint
+    assert not after.matches(before.fingerprint) and after.matches(after.fingerprint)
+    assert after.matches(fingerprint_of_old(before))  # what older checkpoints hold knows 64 only
+    Path("mine/000.jpg").write_bytes(jpeg(5000, (8, 8)))
+    assert not load_faces("mine", 8).matches(fingerprint_of_old(before))
+
+
+def test_the_same_images_elsewhere_have_the_same_fingerprint(tmp_path):
+    one = load_faces(make_celeba(tmp_path / "a", "folder"), 64, attributes=["Male"])
+    two = load_faces(make_celeba(tmp_path / "b", "kaggle archive"), 64, attributes=["Male"])
+    assert one.fingerprint == two.fingerprint and one.key != two.key
+    other = load_faces(tmp_path / "a", 64, attributes=["Young"])
+    assert other.fingerprint != one.fingerprint
 
 
 # ---- Batches ----

@@ -4,6 +4,7 @@ way out."""
 import errno
 import hashlib
 import inspect
+import io
 import os
 import shutil
 import signal
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import simplejpeg
 import torchvision
 from PIL import Image
 from test_dataset import jpeg, make_celeba, make_folder
@@ -26,6 +28,7 @@ import celeba
 import dataset
 import decoding
 import prepared
+import sources
 from dataset import Batches, load_faces
 from decoding import crop_face
 from errors import DataError, ResourceError
@@ -86,7 +89,8 @@ def test_an_error_in_a_decoding_thread_ends_the_call_and_all_threads(monkeypatch
 
     before = threading.active_count()
     monkeypatch.setattr(decoding, "decode_face", fail)
-    assert "no memory for this image" in refused(make_folder(Path("mine"), 1000, (8, 8)))
+    text = refused(make_folder(Path("mine"), 1000, (8, 8)), ResourceError)
+    assert "mine/" in text and "memory" in text
     assert threading.active_count() == before
 
 
@@ -99,6 +103,27 @@ def test_truncated_jpeg_names_the_file(share):
     make_folder(Path("mine"), 5)
     Path("mine/003.jpg").write_bytes(data[: int(share * len(data)) - 1])
     assert "mine/003.jpg: " in refused("mine")
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "EXIF"])
+def test_a_jpeg_that_the_decoder_calls_damaged_is_refused_not_made_up(mode):
+    pixels = np.random.default_rng(3).integers(0, 256, (13, 11, 3), np.uint8)
+    image, exif, file = Image.fromarray(pixels).resize((89, 109)), Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6
+    image = image if mode == "EXIF" else image.convert(mode)
+    image.save(file, "JPEG", quality=95, exif=exif if mode == "EXIF" else b"")
+    data, random, damaged = file.getvalue(), np.random.default_rng(0), 0
+    colours = {"L": "GRAY", "CMYK": "CMYK"}.get(mode, "RGB")
+    for _ in range(50):
+        start = random.integers(700, len(data) - 64)
+        zeroed = data[:start] + bytes(64) + data[start + 64 :]
+        try:
+            simplejpeg.decode_jpeg(zeroed, colours)
+        except ValueError:
+            damaged += 1
+            with pytest.raises(ValueError):
+                decoding.decode_face(zeroed, 64)
+    assert damaged > 10
 
 
 @pytest.mark.parametrize("data", [b"", HTML, b"\0" * 5000])
@@ -350,6 +375,86 @@ def test_a_cut_or_exchanged_array_is_made_again_never_mapped():
         np.testing.assert_array_equal(load_faces("mine", 8).images, expected)
 
 
+@pytest.mark.parametrize("damage", ["a byte", "zeros", "trailer", "header"])
+def test_a_damaged_array_is_noticed_and_made_again(damage, capfd):
+    first = load_faces(make_folder(Path("mine"), 50), 8)
+    path, expected = Path(f"prepared/{first.key}.npy"), np.array(first.images)
+    data = bytearray(path.read_bytes())
+    if damage == "a byte":
+        data[5000] ^= 1
+    elif damage == "zeros":
+        data[len(data) // 4 : 3 * len(data) // 4] = bytes(len(data) // 2)
+    elif damage == "trailer":
+        data[-3] ^= 1
+    else:
+        data = data.replace(b"(50, 8, 8, 3)", b"(8, 50, 8, 3)")
+    path.write_bytes(data)
+    second = load_faces("mine", 8)
+    np.testing.assert_array_equal(second.images, expected)
+    assert second.fingerprint == first.fingerprint
+    assert f"note: {path} is damaged" in capfd.readouterr().out
+
+
+def test_every_flipped_byte_of_a_header_is_noticed():
+    first = load_faces(make_folder(Path("mine"), 3), 8)
+    path, expected = Path(f"prepared/{first.key}.npy"), np.array(first.images)
+    whole = path.read_bytes()
+    for place in range(128):
+        for flip in (0x01, 0x20, 0xFF):
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ flip]) + whole[place + 1 :])
+            array = prepared.load_array(path, (3, 8, 8, 3))
+            assert array is None or (array == expected).all(), place
+
+
+def test_an_array_that_is_cut_while_it_is_in_use_ends_in_a_line():
+    faces = load_faces(make_folder(Path("mine"), 50), 32)
+    batches = Batches(faces, 10)
+    batches(0)
+    os.truncate(f"prepared/{faces.key}.npy", 5000)
+    with pytest.raises(DataError) as error:
+        batches(1)
+    assert f"{faces.key}.npy: was cut while it was in use" in one_line(error)
+
+
+def test_an_array_that_is_removed_or_replaced_while_it_is_in_use_serves_on():
+    faces = load_faces(make_folder(Path("mine"), 50), 8)
+    batches, path = Batches(faces, 10), Path(f"prepared/{faces.key}.npy")
+    first = batches(0)[0]
+    Path("short").write_bytes(b"")
+    os.replace("short", path)
+    assert (batches(0)[0] == first).all()
+    path.unlink()
+    assert (batches(0)[0] == first).all()
+
+
+def test_an_array_on_a_disk_that_cannot_be_written_serves(monkeypatch):
+    expected = np.array(load_faces(make_folder(Path("mine"), 5), 8).images)
+
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(prepared.filelock, "FileLock", refuse)
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    np.testing.assert_array_equal(load_faces("mine", 8).images, expected)
+    assert "Read-only file system" in refused_to_prepare("mine", 16)
+
+
+def refused_to_prepare(path, size):
+    with pytest.raises(ResourceError) as error:
+        load_faces(path, size)
+    return one_line(error)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP])
+def test_a_disk_without_locks_is_prepared_on(number, monkeypatch):
+    def no_flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", no_flock)
+    assert len(load_faces(make_folder(Path("mine"), 5), 8).images) == 5
+    assert [path.suffix for path in Path("prepared").iterdir()] == [".npy"]
+
+
 # ---- No room for the prepared array ----
 
 
@@ -426,6 +531,82 @@ def test_a_list_in_a_damaged_archive_is_named(tmp_path):
     where = data.index(b"image_id,")
     path.write_bytes(data[:where] + b"X" + data[where + 1 :])
     assert f"{path}/list_attr_celeba.csv: " in refused(path)
+
+
+def test_an_image_that_unpacks_to_gigabytes_is_refused_unread(monkeypatch):
+    monkeypatch.setattr(sources, "LARGEST", 100_000)
+    with zipfile.ZipFile("mine.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("0.jpg", jpeg(0))
+        archive.writestr("1.jpg", bytes(100_001))
+    read = zipfile.ZipFile.read
+
+    def read_all_but_one(self, name):
+        assert name != "1.jpg", "unpacked"
+        return read(self, name)
+
+    monkeypatch.setattr(zipfile.ZipFile, "read", read_all_but_one)
+    text = refused("mine.zip")
+    assert "mine.zip/1.jpg: " in text and "100,001 bytes" in text
+    make_folder(Path("mine"), 2)
+    Path("mine/1.bmp").write_bytes(bytes(100_001))
+    assert "mine/1.bmp: " in refused("mine")
+
+
+# ---- What is no file ----
+
+
+def within_seconds(action):
+    """The result of `action`, which must not wait for ever."""
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(action)
+        try:
+            return future.result(timeout=20)
+        except TimeoutError:
+            os.write(os.open("mine/1.jpg", os.O_RDWR | os.O_NONBLOCK), b"x")  # let it end
+            pytest.fail("it waits")
+
+
+def test_a_pipe_among_the_images_is_named_not_waited_for():
+    make_folder(Path("mine"), 3)
+    os.mkfifo("mine/1.jpg")
+    assert "mine/1.jpg: is no file" in within_seconds(lambda: refused("mine"))
+
+
+def test_a_pipe_or_a_device_in_the_place_of_the_data_is_named():
+    os.mkfifo("pipe")
+    assert "pipe: is neither a folder nor a file" in within_seconds(lambda: refused("pipe"))
+    assert "/dev/zero: is neither" in refused("/dev/zero")
+    Path("link").symlink_to("nowhere")
+    assert "link: is neither" in refused("link")
+
+
+@pytest.mark.parametrize("name", ["n" * 300, "a/" * 3000])
+def test_a_path_that_cannot_be_is_not_there(name):
+    assert "is not there" in refused(name)
+
+
+# ---- A good image is not called damaged ----
+
+
+@pytest.mark.parametrize(
+    "number, kind, words",
+    [
+        (errno.EMFILE, ResourceError, "too many files are open"),
+        (errno.ENFILE, ResourceError, "too many files are open"),
+        (errno.ENOMEM, ResourceError, "memory"),
+        (errno.EIO, DataError, "Input/output error"),
+        (errno.EACCES, DataError, "permissions"),
+    ],
+)
+def test_an_image_that_cannot_be_opened_is_not_called_damaged(number, kind, words, monkeypatch):
+    make_folder(Path("mine"), 3)
+
+    def refuse(_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    text = refused("mine", kind)
+    assert words in text and "replace" not in text and "image (" not in text
 
 
 # ---- The download ----
