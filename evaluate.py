@@ -80,7 +80,7 @@ def evaluate(config: EvaluateConfig) -> Path:
     real = split_real(config, faces)
     if accelerator.is_main_process:
         say(f"{trained.path}, step {trained.step}, against {faces.description}")
-        if faces.fingerprint != settings["faces"]:
+        if not faces.matches(settings["faces"]):
             say(f"note: it was trained on other faces ({settings['faces']})")
 
     run = trained.path.parent.parent if trained.path.parent.name == "checkpoints" else Path()

@@ -81,6 +81,9 @@ def set_up(config, accelerator: Accelerator) -> Run:
     networks = {"unet": unet_arguments(config), "diffusion": diffusion_arguments(config)}
     about = {"settings": asdict(config) | facts, **networks}
     if found:
+        was = found[1]["settings"]
+        if faces.matches(was.get("faces", "")):  # maybe by an older kind of checksum
+            was["faces"] = faces.fingerprint
         take_up(state, *found, config, facts)
     return Run(config, folder, faces, batches, diffusion, dtype, state, about)
 

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import simplejpeg
 import torchvision
+from conftest import tiny
 from PIL import Image
 from test_dataset import jpeg, make_celeba, make_folder
 
@@ -31,7 +32,8 @@ import prepared
 import sources
 from dataset import Batches, load_faces
 from decoding import crop_face
-from errors import DataError, ResourceError
+from errors import DataError, ResourceError, UsageError
+from train import train
 
 HTML = b"<!DOCTYPE html><html><title>Google Drive - Quota exceeded</title></html>"
 
@@ -837,3 +839,21 @@ def test_the_same_name_with_other_images_makes_another_array(monkeypatch):
     Path("b/mine/001.jpg").write_bytes(jpeg(77))
     second = load_faces("b/mine", 8)
     assert first.key != second.key and not np.array_equal(first.images[1], second.images[1])
+
+
+# ---- A run whose data have changed ----
+
+
+def test_one_other_image_of_a_hundred_is_noticed_on_a_resume():
+    make_folder(Path("pictures"), 100, (8, 8))
+    train(tiny())
+    Path("pictures/051.jpg").write_bytes(jpeg(5000, (8, 8)))  # not one of 64, evenly taken
+    with pytest.raises(UsageError, match="faces was 95 faces, checksum of all .*, is 95 faces"):
+        train(tiny(resume=True, num_training_steps=9))
+
+
+def test_a_run_on_the_current_folder_does_not_train_on_its_own_samples():
+    make_folder(Path("pictures"), 22, (8, 8))
+    train(tiny(path_to_data=".", sample_every=3))
+    assert list(Path("run/samples").glob("*.png"))
+    assert train(tiny(path_to_data=".", resume=True, num_training_steps=9)) == Path("run")
