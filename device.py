@@ -8,10 +8,25 @@ import re
 
 import torch
 
-from errors import ResourceError
+from errors import ResourceError, UsageError
 
 # The last wheels of torch with kernels for GPUs before Turing.
 OLD_GPUS = "pip install 'torch<2.15' torchvision --index-url https://download.pytorch.org/whl/cu126"
+
+
+DEVICES = ("auto", "cuda", "cpu", "mps")
+
+
+def find_device(name: str = "auto") -> torch.device:
+    """The device of that name, one of DEVICES. "auto" is a CUDA GPU where there is one, else the
+    CPU; "mps", Apple's GPU, is for who asks for it. Raises UsageError where there is none."""
+    has = {"cuda": torch.cuda.is_available(), "cpu": True, "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        name = "cuda" if has["cuda"] else "cpu"
+    if not has.get(name):
+        fix = f"leave the flag out, or choose of {', '.join(kind for kind in has if has[kind])}"
+        raise UsageError("--device", f"torch finds no {name} here", fix)
+    return torch.device(name)
 
 
 def set_up_device(device: torch.device, deterministic: bool = False) -> None:
@@ -68,14 +83,15 @@ def autocast_dtype(mixed_precision: str, device: torch.device) -> torch.dtype | 
     """The half precision to compute in, or None for float32.
 
     mixed_precision: "fp16", "bf16" or "no". A CPU takes bf16 for either where it has the
-    instructions for it, and else float32. A GPU before Ampere takes fp16 for either: it has no
-    instructions for bf16, and torch.compile leaves networks in bf16 alone there."""
+    instructions for it, and else float32, as Apple's GPU does. A CUDA GPU before Ampere takes fp16
+    for either: it has no instructions for bf16, and torch.compile leaves networks in it alone."""
     if mixed_precision == "no":
         return None
     if device.type == "cuda":
         emulated = torch.cuda.get_device_capability(device) < (8, 0)
         return torch.float16 if mixed_precision == "fp16" or emulated else torch.bfloat16
-    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else None
+    has_bf16 = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if has_bf16 else None
 
 
 def precision_note(mixed_precision: str, dtype: torch.dtype | None, device: torch.device) -> str:

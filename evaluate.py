@@ -16,6 +16,7 @@ import sys
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from tqdm import tqdm
 
 import cli
 from dataset import Faces, load_faces
-from device import keep_freed_memory
+from device import DEVICES, find_device, keep_freed_memory
 from errors import DataError, UsageError
 from files import save_json
 from generate import (
@@ -61,13 +62,14 @@ class EvaluateConfig:
     seed: int = constant(0, least=0)  # image i depends on (seed, i) alone
     batch_size: int = constant(64, least=1)  # images generated at a time
     raw: bool = False  # generate with the weights as trained, not with their average (EMA)
+    device: Literal[*DEVICES] = "auto"  # auto: cuda where there is one, else cpu; mps: untried
 
 
 def evaluate(config: EvaluateConfig) -> Path:
     """Measure what the config says. Returns the path of evaluation.json. Raises UserError."""
     check_config(config)
     keep_freed_memory()
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    accelerator = Accelerator(cpu=find_device(config.device).type == "cpu")
     device = str(accelerator.device)
     averaged = load_trained(config.checkpoint or None, device=device)
     raw = load_trained(averaged.path, raw=True, device=device)

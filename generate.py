@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from device import autocast_dtype, check_gpu
+from device import autocast_dtype, check_gpu, find_device
 from diffusion import Diffusion, image_generators
 from errors import CheckpointError, DataError
 from files import write_atomically
@@ -52,13 +52,15 @@ class Trained:
         return torch.autocast(self.diffusion.device.type, self.dtype, self.dtype is not None)
 
 
-def load_trained(checkpoint: str | Path | None, raw: bool = False, device: str = "") -> Trained:
+def load_trained(
+    checkpoint: str | Path | None, raw: bool = False, device: str | torch.device = ""
+) -> Trained:
     """Build the network that a checkpoint holds, in eval mode.
 
     checkpoint: as in `find_checkpoint`; raw: the weights in training, not their average; device:
     "cuda" where there is one, else "cpu". Raises CheckpointError; ResourceError for a GPU that
     this torch has nothing for."""
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(device or find_device())
     check_gpu(device)
     path = find_checkpoint(checkpoint)
     saved = load_checkpoint(path)

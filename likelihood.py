@@ -40,6 +40,11 @@ class HeldOutLoss(NamedTuple):
         return [float(part.mean()) for part in self.loss.tensor_split(count)]
 
 
+def float64(values: Tensor) -> Tensor:
+    """Values in double precision; from Apple's GPU, which has none, on the CPU."""
+    return (values.cpu() if values.device.type == "mps" else values).double()
+
+
 def decoder_bits(x_0: Tensor, mean: Tensor, sigma: float | Tensor) -> Tensor:
     """-log2 of the probability of the bin of one grey level around x_0 (Ho et al. 2020 eq. 13), for
     images in [-1, 1]; the outermost bins reach to infinity. Any shape."""
@@ -47,7 +52,7 @@ def decoder_bits(x_0: Tensor, mean: Tensor, sigma: float | Tensor) -> Tensor:
     def below(edge: Tensor) -> Tensor:  # the normal distribution function
         return 0.5 * (1 + torch.erf((edge - mean) / (sigma * math.sqrt(2))))
 
-    x_0, mean = x_0.double(), mean.double()
+    x_0, mean = float64(x_0), float64(mean)
     upper = torch.where(x_0 > 0.999, 1.0, below(x_0 + 1 / 255))
     lower = torch.where(x_0 < -0.999, 0.0, below(x_0 - 1 / 255))
     return -(upper - lower).clamp(min=1e-12).log2()
@@ -61,16 +66,16 @@ def terms(
     x_0, eps: (B, C, H, W); t: (B,) int64; attributes: (B, K) or None."""
     x_t = diffusion.q_sample(x_0, t, eps)
     output = evaluate_model(model, x_t, t, attributes).to(x_t.dtype)
-    loss = (output - diffusion.target(x_0, t, eps)).square().double().mean((1, 2, 3))
+    loss = float64((output - diffusion.target(x_0, t, eps)).square()).mean((1, 2, 3))
 
     alpha_bar_t = diffusion.alphas_cumprod[t].view(-1, 1, 1, 1)
     x_0_pred, _ = diffusion.x_0_and_eps(output, x_t, alpha_bar_t)
-    variance = diffusion.posterior_log_variance_clipped[t].double().exp()
-    weight = diffusion.posterior_mean_coef1[t].double().square() / (2 * variance)
-    kl = weight * (x_0 - x_0_pred).square().double().mean((1, 2, 3)) / math.log(2)
+    variance = float64(diffusion.posterior_log_variance_clipped[t]).exp()
+    weight = float64(diffusion.posterior_mean_coef1[t]).square() / (2 * variance)
+    kl = weight * float64((x_0 - x_0_pred).square()).mean((1, 2, 3)) / math.log(2)
     sigma = variance.sqrt().view(-1, 1, 1, 1)
     decoder = decoder_bits(x_0, x_0_pred, sigma).mean((1, 2, 3))
-    return loss, torch.where(t == 0, decoder, kl)
+    return loss, torch.where(t.to(kl.device) == 0, decoder, kl)
 
 
 def held_out_loss(

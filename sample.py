@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import cli
 from dataset import parse_attributes
-from device import keep_freed_memory
+from device import DEVICES, find_device, keep_freed_memory
 from diffusion import draw_noise, image_generators
 from errors import UsageError
 from generate import Trained, generate, load_trained, sheet
@@ -46,6 +46,7 @@ class SampleConfig:
     sheet: bool = False  # a row for each attribute on and off, num_images columns of the same noise
     interpolate: tuple[int, ...] = constant((), least=0)  # as 3 8: faces from image 3 to image 8
     raw: bool = False  # generate with the weights as trained, not with their average (EMA)
+    device: Literal[*DEVICES] = "auto"  # auto: cuda where there is one, else cpu; mps: untried
     out: str = "samples.png"  # .png: one grid; .gif: the way from noise to faces; else a folder
 
 
@@ -53,7 +54,7 @@ def sample(config: SampleConfig) -> Path:
     """Generate and save what the config says. Returns where it lies. Raises UserError."""
     check_config(config)
     keep_freed_memory()
-    trained = load_trained(config.checkpoint or None, config.raw)
+    trained = load_trained(config.checkpoint or None, config.raw, find_device(config.device))
     check_config(config, trained.diffusion.num_timesteps)
     out, columns, labels = Path(config.out), 0, []
     numbers, attributes = list(range(config.num_images)), read_condition(config, trained)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 import cli
 from dataset import drop_attributes
-from device import set_up_device
+from device import DEVICES, find_device, set_up_device
 from diffusion import NOISE_SCHEDULES, PREDICTIONS
 from errors import Interrupted, UsageError
 from files import lock_folder
@@ -76,6 +76,7 @@ class Config:
     ema_decay: float = fixed(0.9999, least=0, below=1)  # of the averaged weights, used to generate
     mixed_precision: Literal["fp16", "bf16", "no"] = free("fp16")  # on a CPU: bf16 if it can, or no
     compile: bool = free(True)  # torch.compile the network, on a CUDA GPU only
+    device: Literal[*DEVICES] = free("auto")  # auto: cuda or cpu; mps: Apple's GPU, untried
     # The log
     log_every: int = free(100, least=1)  # steps between two points of the curves
     sample_every: int = free(5000, least=1)  # steps between two grids of samples
@@ -171,7 +172,7 @@ def train_step(config, state, diffusion, batches, forward, dtype, rank=0) -> tup
     # Clip the true gradients, not the scaled ones; leave out an update that is not finite.
     state.scaler.unscale_(state.optimizer)
     parameters = state.model.parameters()
-    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm, foreach=True)
+    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.optimizer.zero_grad()
@@ -188,7 +189,7 @@ def train(config: Config) -> Path:
     check_config(config)
     folder = Path(config.experiment_name)
     timeout = InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)
-    cpu = not torch.cuda.is_available()  # said, or accelerate runs processes on a CPU as one each
+    cpu = find_device(config.device).type == "cpu"  # said, or processes there are one each
     accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[timeout])
     set_up_device(accelerator.device)
     is_main, world_size = accelerator.is_main_process, accelerator.num_processes

@@ -9,10 +9,14 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ROOT, TINY, flags, run_script, tiny
+import torch
+from conftest import ROOT, TINY, assert_error, flags, run_script, tiny
 
 import files
 import sample
+import train as train_module
+from device import autocast_dtype, find_device, precision_note
+from errors import UsageError
 from train import train
 
 CODE = [*ROOT.glob("*.py"), *ROOT.glob("benchmarks/*.py")]
@@ -94,3 +98,49 @@ def test_files_are_read_and_written_in_a_named_encoding(here):
     assert result.returncode == 0, result.stderr
     ours = [line for line in result.stderr.splitlines() if line.startswith(str(ROOT))]
     assert not [line for line in ours if "EncodingWarning" in line]
+
+
+# The device --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cuda, mps", [(False, False), (True, False), (False, True)])
+def test_device_is_cuda_where_there_is_one_and_apples_gpu_only_where_asked_for(
+    monkeypatch, cuda, mps
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    assert find_device().type == find_device("auto").type == ("cuda" if cuda else "cpu")
+    assert find_device("cpu").type == "cpu"
+    for name, there in (("cuda", cuda), ("mps", mps)):
+        if there:
+            assert find_device(name).type == name
+        else:
+            with pytest.raises(UsageError, match=f"--device: torch finds no {name} here"):
+                find_device(name)
+
+
+@pytest.mark.parametrize("asked", ["fp16", "bf16"])
+def test_apples_gpu_computes_in_float32_and_a_line_says_so(asked):
+    apple = torch.device("mps")
+    assert autocast_dtype(asked, apple) is None
+    assert "training in float32 on the mps" in precision_note(asked, None, apple)
+
+
+@pytest.mark.parametrize("script", ["train.py", "sample.py", "evaluate.py"])
+@pytest.mark.parametrize("name", ["tpu", "mps"])
+def test_device_that_is_not_there_is_one_line(here, script, name):
+    if name == "mps" and torch.backends.mps.is_available():
+        pytest.skip("it is there")
+    words = flags(TINY) if script == "train.py" else []
+    assert_error(run_script(script, *words, "--device", name), 2, "--device", name)
+
+
+@pytest.mark.parametrize("name, cpu", [("cpu", True), ("auto", False), ("cuda", False)])
+def test_a_run_is_on_the_device_that_is_asked_for(here, monkeypatch, name, cpu):
+    def accelerator(cpu, **options):
+        raise RuntimeError(f"on the CPU: {cpu}")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(train_module, "Accelerator", accelerator)
+    with pytest.raises(RuntimeError, match=f"on the CPU: {cpu}"):
+        train(tiny(device=name))

@@ -337,6 +337,7 @@ def test_config_is_covered_by_the_tests_of_its_constants():
         "only",
         "compile",
         "log_every",
+        "device",  # test_systems.py
     }
     tested |= {"attributes", "attribute_dropout"}  # test_conditional.py
     tested |= {"sample_every", "num_samples", "save_every", "keep_checkpoints"}
