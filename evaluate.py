@@ -40,7 +40,7 @@ from generate import (
 from images import image_grid, save_image, to_x_0
 from likelihood import held_out_loss
 from log import say, table
-from metrics import copies, find_features, measure_distances, nearest_features, nearest_pixels
+from metrics import copies, find_features, measure_distances, nearest_pixels, nearest_vectors
 from samplers import SamplerError, check_sampler
 from settings import check_ranges, constant
 
@@ -94,7 +94,7 @@ def evaluate(config: EvaluateConfig) -> Path:
         result["num_reference"] = len(real[1])
         if config.loss_draws and len(faces.held_out):
             result["held_out"] = compare_held_out(config, faces, raw, averaged)
-        measured, found = measure_images(config, faces, features, generated, real)
+        measured, found = measure_images(faces, features, generated, real, device)
         result |= measured
         save_nearest_sheet(folder / "nearest.png", generated[0].images, faces, found)
         save_sampler_sheet(folder / "samplers.png", generated)
@@ -220,19 +220,22 @@ def compare_held_out(config: EvaluateConfig, faces: Faces, raw: Trained, average
     return result
 
 
-def measure_images(config, faces, features, generated: list[Generated], real) -> tuple[dict, list]:
+def measure_images(
+    faces, features, generated: list[Generated], real, device: str = "cpu"
+) -> tuple[dict, list]:
     """The distances of all samplers' images, and the training faces nearest to the first one's.
 
     real: `split_real`'s. Returns what evaluation.json says of them, and the nearest places, (N, 2),
     in faces.train: by pixels and, where there are any, by features."""
     floor, reference = real
+    held_out = floor[np.isin(floor, faces.held_out)]
     samplers = {one.name: {"seconds": one.seconds} for one in generated}
     sets = {"generated": generated[0].images}
-    if len(faces.held_out):
-        sets["held out"] = faces.images[faces.held_out[: config.num_images]]
+    if len(held_out):
+        sets["held out"] = faces.images[held_out]
     near, found = {}, []
     for name, images in sets.items():
-        places, distances = nearest_pixels(images, faces.images, faces.train)
+        places, distances = nearest_pixels(images, faces.images, faces.train, device)
         near[f"{name}, by pixels"] = copies(distances)
         found.append(places)
     found = found[:1]
@@ -241,12 +244,15 @@ def measure_images(config, faces, features, generated: list[Generated], real) ->
         vectors = features.cached(faces.images, chosen, faces.key)
         first, rest = vectors[: len(reference)], vectors[len(reference) :]
         by_sampler = {one.name: features.of(one.images) for one in generated}
+        by_set = {"generated": by_sampler[generated[0].name]}
+        by_set["held out"] = rest[np.isin(floor, faces.held_out)]
         by_sampler["real faces (the floor)"] = rest
         for name, values in measure_distances(first, by_sampler).items():
             samplers[name] = samplers.get(name, {}) | values
         trained_on = np.flatnonzero(np.isin(chosen, faces.train))
         for name, images in sets.items():
-            rows, distances = nearest_features(images, features, vectors[trained_on])
+            mirrored = features.of(images[:, :, ::-1])
+            rows, distances = nearest_vectors(by_set[name], mirrored, vectors[trained_on], device)
             near[f"{name}, by features"] = copies(distances)
             if name == "generated":
                 found.append(np.searchsorted(faces.train, chosen[trained_on][rows]))

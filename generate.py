@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from device import autocast_dtype, check_gpu, find_device
@@ -31,7 +31,7 @@ class Trained:
     """A network out of a checkpoint, with what was used to train it."""
 
     path: Path
-    model: UNet
+    model: UNet  # in eval mode; in half precision it runs in autocast() only
     diffusion: Diffusion
     dtype: torch.dtype | None  # half precision to run it in, or None
     settings: dict  # the constants of its run
@@ -53,13 +53,16 @@ class Trained:
 
 
 def load_trained(
-    checkpoint: str | Path | None, raw: bool = False, device: str | torch.device = ""
+    checkpoint: str | Path | None,
+    raw: bool = False,
+    device: str | torch.device = "",
+    half: bool = True,
 ) -> Trained:
     """Build the network that a checkpoint holds, in eval mode.
 
     checkpoint: as in `find_checkpoint`; raw: the weights in training, not their average; device:
-    "cuda" where there is one, else "cpu". Raises CheckpointError; ResourceError for a GPU that
-    this torch has nothing for."""
+    "cuda" where there is one, else "cpu"; half: in half precision where the device has it. Raises
+    CheckpointError; ResourceError for a GPU that this torch has nothing for."""
     device = torch.device(device or find_device())
     check_gpu(device)
     path = find_checkpoint(checkpoint)
@@ -76,7 +79,19 @@ def load_trained(
         what = f"does not fit ({' '.join(str(error).split())[:300]})"
         raise CheckpointError(path, what, "take another checkpoint") from error
     model = model.eval().requires_grad_(False).to(device)
-    return Trained(path, model, diffusion, autocast_dtype("fp16", device), settings, step)
+    # What was trained in bf16 need not fit into fp16's range.
+    trained_in = "bf16" if settings.get("mixed_precision") == "bf16" else "fp16"
+    dtype = autocast_dtype(trained_in if half else "no", device)
+    if dtype is not None:
+        cast_weights(model, dtype)
+    return Trained(path, model, diffusion, dtype, settings, step)
+
+
+def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast once what autocast would cast at each evaluation; norms stay in float32."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.to(dtype)
 
 
 def generate(

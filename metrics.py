@@ -26,7 +26,8 @@ from images import to_x_0
 from prepared import PREPARED, load_array, save_array
 
 BATCH = 128  # images at a time, for the network
-BLOCK = 4096  # images at a time, to compare
+QUERIES = 256  # images at a time, to look for their nearest
+BLOCK = 4096  # reference images at a time
 COPY = 1 / 3  # nearest by this much nearer than the second nearest: as good as a copy
 
 
@@ -191,53 +192,69 @@ def measure_distances(reference: np.ndarray, sets: dict[str, np.ndarray]) -> dic
 
 
 def nearest(
-    queries: np.ndarray, mirrored: np.ndarray, blocks: Iterable[np.ndarray], keep: int = 2
+    queries: Iterable[tuple[Tensor, Tensor]], blocks: Callable[[], Iterable[Tensor]], keep: int = 2
 ) -> tuple[np.ndarray, np.ndarray]:
     """The `keep` vectors nearest to each query or to its mirror image: indices and Euclidean
     distances, (Q, keep), nearest first.
 
-    queries, mirrored: (Q, D) float32; blocks: the vectors to search, (n, D) float32 at a time."""
-    both = [torch.from_numpy(queries), torch.from_numpy(mirrored)]
-    best = torch.full((len(queries), 0), 0.0, dtype=torch.float64)
-    found = torch.empty((len(queries), 0), dtype=torch.int64)
+    queries: batches of vectors and of their mirror images, (q, D) float32 each; blocks: returns the
+    vectors to search, (n, D) float32 at a time. No more than a batch and a block are held."""
+    results = [_nearest_of_batch(both, blocks(), keep) for both in queries]
+    indices, distances = (torch.cat(each).cpu().numpy() for each in zip(*results, strict=True))
+    return indices, distances
+
+
+def _nearest_of_batch(
+    both: tuple[Tensor, Tensor], blocks: Iterable[Tensor], keep: int
+) -> tuple[Tensor, Tensor]:
+    best = torch.empty((len(both[0]), 0), dtype=torch.float64, device=both[0].device)
+    found = torch.empty_like(best, dtype=torch.int64)
     first = 0
     for block in blocks:
-        block = torch.from_numpy(block)
-        rough = torch.minimum(*(torch.cdist(q, block) for q in both))
+        rough = torch.minimum(*(torch.cdist(vectors, block) for vectors in both))
         # The product behind cdist rounds: a few more than asked for, then exactly.
         picks = rough.topk(min(keep + 2, len(block)), largest=False).indices
-        exact = [(q[:, None] - block[picks]).double().norm(dim=2) for q in both]
-        best = torch.cat([best, torch.minimum(*exact)], dim=1)
+        for pick in picks.unbind(1):
+            exact = [(vectors - block[pick]).double().norm(dim=1) for vectors in both]
+            best = torch.cat([best, torch.minimum(*exact)[:, None]], dim=1)
         found = torch.cat([found, picks + first], dim=1)
         best, order = best.sort(dim=1)
         best, found = best[:, :keep], found.gather(1, order)[:, :keep]
         first += len(block)
-    return found.numpy(), best.numpy()
+    return found, best
 
 
 def nearest_pixels(
-    images: np.ndarray, reference: np.ndarray, indices: np.ndarray
+    images: np.ndarray, reference: np.ndarray, indices: np.ndarray, device: str = "cpu"
 ) -> tuple[np.ndarray, np.ndarray]:
     """`nearest` of images, (N, S, S, 3) uint8, among reference images at `indices`, by their pixels
     in [-1, 1]; what is found are places in `indices`."""
 
-    def flat(images: np.ndarray) -> np.ndarray:
-        return to_x_0(torch.from_numpy(np.ascontiguousarray(images))).flatten(1).numpy()
+    def flat(images: np.ndarray) -> Tensor:
+        return to_x_0(torch.from_numpy(np.ascontiguousarray(images)).to(device)).flatten(1)
 
-    def blocks() -> Iterator[np.ndarray]:
-        for start in tqdm(range(0, len(indices), BLOCK), "nearest by pixels", disable=None):
+    def blocks() -> Iterator[Tensor]:
+        for start in range(0, len(indices), BLOCK):
             yield flat(reference[indices[start : start + BLOCK]])
 
-    return nearest(flat(images), flat(images[:, :, ::-1]), blocks())
+    starts = tqdm(range(0, len(images), QUERIES), "nearest by pixels", disable=None)
+    batches = (images[start : start + QUERIES] for start in starts)
+    return nearest(((flat(batch), flat(batch[:, :, ::-1])) for batch in batches), blocks)
 
 
-def nearest_features(
-    images: np.ndarray, features: Features, reference: np.ndarray
+def nearest_vectors(
+    vectors: np.ndarray, mirrored: np.ndarray, reference: np.ndarray, device: str = "cpu"
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`nearest` of images, (N, S, S, 3) uint8, among reference vectors (M, D), by features."""
-    mirrored = features.of(np.ascontiguousarray(images[:, :, ::-1]))
-    blocks = (reference[start : start + BLOCK] for start in range(0, len(reference), BLOCK))
-    return nearest(features.of(images), mirrored, blocks)
+    """`nearest` of vectors (N, D), or of those of the mirrored images, among reference ones (M, D),
+    each float32."""
+
+    def batches(vectors: np.ndarray, size: int) -> Iterator[Tensor]:
+        for start in range(0, len(vectors), size):
+            yield torch.from_numpy(vectors[start : start + size]).to(device)
+
+    both = zip(batches(vectors, QUERIES), batches(mirrored, QUERIES), strict=True)
+    queries = tqdm(both, "nearest by features", -(-len(vectors) // QUERIES), disable=None)
+    return nearest(queries, lambda: batches(reference, BLOCK))
 
 
 def copies(distances: np.ndarray) -> dict[str, float]:

@@ -216,7 +216,7 @@ def compare(config: QualityConfig) -> Path:
 
     result = {"config": asdict(config), "fingerprint": faces.fingerprint}
     result["num_reference"] = len(real[1])
-    result |= evaluate.measure_images(wanted, faces, features, generated, real)[0]
+    result |= evaluate.measure_images(faces, features, generated, real, device.type)[0]
     evaluate.save_sampler_sheet(Path(config.out) / "samplers.png", generated)
     save_json(Path(config.out) / "quality.json", result)
     evaluate.report(wanted, result)

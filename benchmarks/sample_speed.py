@@ -18,7 +18,7 @@ are asserted to agree to half a grey level.
 import sys
 import tempfile
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -108,9 +108,7 @@ class Ours:
     def __init__(self, path: Path, device: torch.device, half: bool):
         keep_freed_memory()
         self.device = device
-        self.trained = load_trained(path, device=device.type)
-        if not half:
-            self.trained = replace(self.trained, dtype=None)
+        self.trained = load_trained(path, device=device.type, half=half)
 
     def generate(self, sampler: str, steps: int, num_images: int) -> Tensor:
         """(N, 3, H, W) in [-1, 1], on the CPU."""
@@ -129,7 +127,7 @@ class Diffusers:
     on a CPU, where its pipelines cannot have that, under autocast."""
 
     def __init__(self, path: Path, device: torch.device, half: bool):
-        trained = load_trained(path, device="cpu")
+        trained = load_trained(path, device="cpu", half=False)
         self.train_config, self.ours = Config(**trained.settings), trained.model
         self.device, self.network = device, diffusers_network(self.ours).eval().to(device)
         self.autocast = half and device.type == "cpu"

@@ -166,7 +166,7 @@ def test_planted_training_faces_are_called_copies(run):
     planted = [Generated("planted", np.asarray(images), 1.0)]
     features = find_features("mine:load")
     real = split_real(SMALL, faces)
-    said, (by_pixels, by_features) = measure_images(SMALL, faces, features, planted, real)
+    said, (by_pixels, by_features) = measure_images(faces, features, planted, real)
     for way in ("pixels", "features"):
         assert said["nearest"][f"generated, by {way}"]["copies"] == 1
         assert said["nearest"][f"generated, by {way}"]["median_distance"] == 0

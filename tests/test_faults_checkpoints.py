@@ -378,7 +378,7 @@ def test_prefixed_keys_load_equal(run, prefix):
             holder["model"] = {prefix + k: v for k, v in holder["model"].items()}
 
     rewrite(newest(run), add_prefix)
-    drawn = load_trained(run).model.state_dict()
+    drawn = load_trained(run, half=False).model.state_dict()
     assert tensors_equal(dict(drawn), reference["ema"]["model"])
     state = make_state(tiny(), CPU, fp16=False)
     state.load_state_dict(load_checkpoint(newest(run)), newest(run))

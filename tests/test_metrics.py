@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from errors import ResourceError, UsageError
 from metrics import (
@@ -15,8 +16,8 @@ from metrics import (
     frechet_distance,
     kernel_distance,
     nearest,
-    nearest_features,
     nearest_pixels,
+    nearest_vectors,
 )
 
 
@@ -110,9 +111,9 @@ def test_planted_image_is_found_at_distance_0():
 def test_nearest_equals_a_search_of_all_pairs():
     queries, reference = vectors(7, 0), vectors(300, 1)
     mirrored = vectors(7, 2)
-    found, distances = nearest(
-        queries, mirrored, [reference[:100], reference[100:101], reference[101:]]
-    )
+    blocks = torch.from_numpy(reference).split([100, 1, 199])
+    both = [torch.from_numpy(each).split(3) for each in (queries, mirrored)]
+    found, distances = nearest(zip(*both, strict=True), lambda: blocks)
     pairs = [
         np.linalg.norm(q[:, None].astype(float) - reference, axis=2) for q in (queries, mirrored)
     ]
@@ -125,8 +126,31 @@ def test_nearest_by_features_finds_a_mirrored_image():
     reference, queries = random_images(40), random_images(3, seed=1)
     queries[1] = reference[30][:, ::-1]
     features = Features("means", means)
-    found, distances = nearest_features(queries, features, features.of(reference))
+    both = features.of(queries), features.of(queries[:, :, ::-1])
+    found, distances = nearest_vectors(*both, features.of(reference))
     assert found[1, 0] == 30 and distances[1, 0] == 0 and distances[0, 0] > 0
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the bytes of the largest tensor that is made."""
+
+    nbytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        tensors = result if isinstance(result, tuple | list) else [result]
+        sizes = [t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor)]
+        self.nbytes = max([self.nbytes, *sizes])
+        return result
+
+
+def test_memory_of_a_search_does_not_grow_with_the_queries():
+    reference, sizes = random_images(500), []
+    for count in (600, 2400):
+        with LargestTensor() as largest:
+            nearest_pixels(random_images(count, seed=1), reference, np.arange(500))
+        sizes.append(largest.nbytes)
+    assert sizes[0] == sizes[1] > 0
 
 
 def test_share_of_copies_counts_those_far_nearer_than_the_second():

@@ -5,13 +5,14 @@ import os
 import re
 import shutil
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 import torch
 from conftest import assert_error, run_script, tensors_equal, tiny
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import cli
 from benchmarks.conditional_accuracy import AccuracyConfig
@@ -25,6 +26,7 @@ from generate import generate, load_trained
 from sample import SampleConfig, main, noise_between, sample
 from samplers import SAMPLERS
 from train import Config, train
+from unet import GroupNorm
 from utils import checkpoint_path, find_checkpoint, load_checkpoint
 
 HALF_A_GREY_LEVEL = 1 / 255  # of images in [-1, 1]; eps at the start is divided by 1 / 80
@@ -47,8 +49,9 @@ def saved_images(**flags):
 
 def test_images_come_from_the_average_and_from_raw_weights_with_a_flag(run):
     saved = load_checkpoint(find_checkpoint(run))
-    assert tensors_equal(dict(load_trained(run).model.state_dict()), saved["ema"]["model"])
-    raw = dict(load_trained(run, raw=True).model.state_dict())
+    averaged = dict(load_trained(run, half=False).model.state_dict())
+    assert tensors_equal(averaged, saved["ema"]["model"])
+    raw = dict(load_trained(run, raw=True, half=False).model.state_dict())
     assert tensors_equal(raw, saved["model"]) and not tensors_equal(raw, saved["ema"]["model"])
     assert not np.array_equal(saved_images(), saved_images(raw=True))
 
@@ -59,6 +62,40 @@ def test_network_and_diffusion_are_rebuilt_from_what_the_checkpoint_says(here):
     assert trained.diffusion.num_timesteps == 30 and trained.diffusion.prediction == "v"
     assert trained.diffusion.betas[-1] > 0.5 and trained.model.conv_in.out_channels == 16
     assert not trained.model.training and trained.img_size == 8 and trained.step == 6
+
+
+class WeightCasts(TorchDispatchMode):
+    """Counts the casts of a network's weights."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.count, self.places = 0, {p.data_ptr() for p in model.parameters()}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._to_copy.default and args[0].data_ptr() in self.places:
+            self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_weights_are_cast_once_and_norms_stay_in_float32(run, monkeypatch):
+    half = {"fp16": torch.bfloat16, "no": None}
+    monkeypatch.setattr("generate.autocast_dtype", lambda precision, device: half[precision])
+    trained, plain = load_trained(run), load_trained(run, half=False)
+    with WeightCasts(trained.model) as casts:
+        images = next(generate(trained, range(4), steps=3))
+    assert casts.count == 0
+    for module in trained.model.modules():
+        expected = torch.float32 if isinstance(module, GroupNorm) else torch.bfloat16
+        assert all(weights.dtype == expected for weights in module.parameters(recurse=False))
+    assert all(p.dtype == torch.float32 for p in plain.model.parameters())
+
+    # Autocast over weights in float32 rounds them alike, at each evaluation.
+    autocast = replace(plain, dtype=torch.bfloat16)
+    with WeightCasts(autocast.model) as casts:
+        torch.testing.assert_close(
+            next(generate(autocast, range(4), steps=3)), images, rtol=0, atol=HALF_A_GREY_LEVEL
+        )
+    assert casts.count > 3 * 20
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
