@@ -94,7 +94,8 @@ def evaluate(config: EvaluateConfig) -> Path:
         result["num_reference"] = len(real[1])
         if config.loss_draws and len(faces.held_out):
             result["held_out"] = compare_held_out(config, faces, raw, averaged)
-        measured, found = measure_images(faces, features, generated, real, device)
+        near = device if device.startswith("cuda") else "cpu"  # float64, which mps lacks
+        measured, found = measure_images(faces, features, generated, real, near)
         result |= measured
         save_nearest_sheet(folder / "nearest.png", generated[0].images, faces, found)
         save_sampler_sheet(folder / "samplers.png", generated)
