@@ -42,6 +42,12 @@ def tiny(**changes) -> Config:
     return Config(**{**TINY, **changes})
 
 
+def needs_posix() -> None:
+    """Skip a test of what Windows does not have: forks, signals to others, links, limits, pipes."""
+    if os.name != "posix":
+        pytest.skip("needs POSIX")
+
+
 @pytest.fixture(autouse=True)
 def few_threads():
     """Tiny tensors are slower on two threads than on one."""

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import needs_posix
 from PIL import Image, ImageDraw
 
 import decoding
@@ -439,6 +440,7 @@ def test_sources_of_one_name_with_files_of_one_size_and_time_have_arrays_of_thei
 
 
 def test_a_link_to_a_folder_shares_its_array():
+    needs_posix()
     make_folder(Path("mine"), 3)
     Path("linked").symlink_to("mine")
     first, second = load_faces("mine", 8), load_faces("linked", 8)
@@ -452,6 +454,7 @@ def test_a_folder_of_any_name_is_prepared(name):
 
 
 def test_images_behind_a_link_to_a_folder_are_read_and_each_once():
+    needs_posix()
     make_folder(Path("elsewhere"), 2)
     make_folder(Path("mine/below"), 3)
     Path("mine/more").symlink_to(Path("elsewhere").absolute())

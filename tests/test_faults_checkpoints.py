@@ -6,7 +6,6 @@ import errno
 import io
 import math
 import os
-import resource
 import shutil
 import zipfile
 from pathlib import Path
@@ -14,7 +13,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, assert_error, flags, run_script, tensors_equal, tiny, write_pictures
+from conftest import (
+    TINY,
+    assert_error,
+    flags,
+    needs_posix,
+    run_script,
+    tensors_equal,
+    tiny,
+    write_pictures,
+)
 from PIL import Image
 
 import run as run_module
@@ -164,6 +172,9 @@ def test_no_room_for_the_checkpoints_is_found_out_before_the_first_step(here, mo
 
 def test_a_limit_of_file_sizes_ends_a_real_process_before_the_first_step(here):
     """The disk takes 60 kB a file, a checkpoint is larger: exit 5 from the trial before step 1."""
+    needs_posix()
+    import resource
+
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))  # noqa: E731
     result = run_script("train.py", *flags(TINY), preexec_fn=limit)
     assert_error(result, 5, "checkpoints", "bytes needed")

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import simplejpeg
 import torchvision
-from conftest import tiny
+from conftest import needs_posix, tiny
 from PIL import Image
 from test_dataset import jpeg, make_celeba, make_folder
 
@@ -59,6 +59,7 @@ def refused(path, kind=DataError, size=16, **options):
 
 def die_in_a_fork(action):
     """Run `action` in a copy of this process; it must end by being killed."""
+    needs_posix()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # the copy needs no other thread
         child = os.fork()
@@ -79,6 +80,7 @@ def killed(*_args, **_kwargs):
 
 
 def test_no_process_is_started_to_decode(monkeypatch):
+    needs_posix()
     for name in ("fork", "posix_spawn"):
         monkeypatch.setattr(os, name, lambda *_: pytest.fail("a process was started"))
     monkeypatch.setattr("_posixsubprocess.fork_exec", lambda *_: pytest.fail("a process"))
@@ -449,6 +451,8 @@ def refused_to_prepare(path, size):
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP])
 def test_a_disk_without_locks_is_prepared_on(number, monkeypatch):
+    needs_posix()
+
     def no_flock(*_):
         raise OSError(number, os.strerror(number))
 
@@ -569,12 +573,14 @@ def within_seconds(action):
 
 
 def test_a_pipe_among_the_images_is_named_not_waited_for():
+    needs_posix()
     make_folder(Path("mine"), 3)
     os.mkfifo("mine/1.jpg")
     assert "mine/1.jpg: is no file" in within_seconds(lambda: refused("mine"))
 
 
 def test_a_pipe_or_a_device_in_the_place_of_the_data_is_named():
+    needs_posix()
     os.mkfifo("pipe")
     assert "pipe: is neither a folder nor a file" in within_seconds(lambda: refused("pipe"))
     assert "/dev/zero: is neither" in refused("/dev/zero")
@@ -800,6 +806,7 @@ def test_a_folder_or_archive_without_images_is_named():
 
 
 def test_a_dangling_link_is_named():
+    needs_posix()
     make_folder(Path("mine"), 3)
     Path("mine/gone.jpg").symlink_to("nowhere.jpg")
     assert "mine/gone.jpg" in refused("mine")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, assert_error, flags, run_script, tensors_equal, tiny
+from conftest import ROOT, TINY, assert_error, flags, needs_posix, run_script, tensors_equal, tiny
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import cli
@@ -53,6 +53,7 @@ def assert_equal_runs(a: dict, b: dict) -> None:
 
 def in_child(work) -> int:
     """Run `work` in a forked process, of which only files outlive a kill; its exit code."""
+    needs_posix()
     pid = os.fork()
     if pid == 0:
         code = 1
@@ -346,6 +347,7 @@ def hook(monkeypatch, module, name, action, at=1):
 
 
 def send(number):
+    needs_posix()
     return lambda: os.kill(os.getpid(), number)
 
 
@@ -397,6 +399,7 @@ def start(*words, settings=None, **options) -> subprocess.Popen:
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_real_process_saves_on_a_signal_and_exits(here, number, code):
+    needs_posix()
     process = start(start_new_session=True, settings={"save_every": 100_000})
     os.killpg(process.pid, number)
     _, errors = process.communicate(timeout=60)
@@ -406,6 +409,7 @@ def test_a_real_process_saves_on_a_signal_and_exits(here, number, code):
 
 
 def test_ctrl_c_twice_ends_within_a_second(here):
+    needs_posix()
     process = start()
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGINT)
@@ -420,6 +424,7 @@ def test_ctrl_c_twice_ends_within_a_second(here):
 
 
 def test_the_second_signal_does_not_wait_for_the_step(here):
+    needs_posix()
     script = (
         f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); from safety import StopSignals\n"
     )
@@ -612,6 +617,7 @@ LAUNCH = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port
 
 
 def launch(script, *words, port, **options) -> subprocess.Popen:
+    needs_posix()
     command = [sys.executable, *LAUNCH, str(port), str(script), *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -701,6 +707,7 @@ def test_one_of_two_processes_that_raises_or_hangs_ends_both(here, port, action)
 
 
 def test_sigterm_to_one_of_two_processes_saves_one_step_for_both(here, port):
+    needs_posix()
     body = "real = train.train_step\ndef step(config, state, *a):\n"
     body += "    if state.step == 4 and os.environ['RANK'] == '1': os.kill(os.getpid(), 15)\n"
     body += "    return real(config, state, *a)\ntrain.train_step = step"

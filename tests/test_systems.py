@@ -1,6 +1,7 @@
 """Linux, macOS and Windows: nothing that one of them lacks is used. Windows is played here, by
 taking away what it does not have."""
 
+import ast
 import builtins
 import os
 import re
@@ -98,6 +99,22 @@ def test_files_are_read_and_written_in_a_named_encoding(here):
     assert result.returncode == 0, result.stderr
     ours = [line for line in result.stderr.splitlines() if line.startswith(str(ROOT))]
     assert not [line for line in ours if "EncodingWarning" in line]
+
+
+POSIX_TESTS = r"os\.(fork|kill|killpg|mkfifo|symlink)\b|symlink_to|send_signal|setrlimit|/dev/zero"
+POSIX_TESTS += r"|_posixsubprocess|\"fcntl|start_new_session"
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("tests/test_*.py")), ids=lambda path: path.name)
+def test_tests_that_need_posix_say_so(path):
+    text = path.read_text(encoding="utf-8")
+    assert not re.search(rf"^(import|from) ({POSIX_MODULES})\b", text, flags=re.MULTILINE)
+    for part in ast.parse(text).body:
+        source = ast.get_source_segment(text, part)
+        if isinstance(part, ast.FunctionDef) and re.search(POSIX_TESTS, source):
+            ends_processes = part.name in ("killed", "wait")  # of tests that say so
+            windows = part.name == "windows"  # the fixture above
+            assert "needs_posix()" in source or ends_processes or windows, part.name
 
 
 # The device --------------------------------------------------------------------------------------
