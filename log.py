@@ -87,6 +87,8 @@ class Progress:
         options = dict(initial=step, total=total, unit="step", dynamic_ncols=True)
         self.bar = tqdm(disable=not (show and self.terminal), **options)
         self.done, self.total = step, total
+        self.first: tuple[int, float] | None = None  # after which step, and when, it got going
+        self.foretold = not show
         self.restart()
 
     def restart(self) -> None:
@@ -97,6 +99,23 @@ class Progress:
         """One more step is done."""
         self.done += 1
         self.bar.update()
+        if not self.foretold:
+            self._foretell(time.monotonic())
+
+    def _foretell(self, now: float) -> None:
+        """Say once, 5 seconds after the first step, which is slower, how long the run will take."""
+        if self.first is None:
+            self.first = self.done, now
+        elif now - self.first[1] >= 5:
+            self.foretold = True
+            pace = (now - self.first[1]) / (self.done - self.first[0])
+            left = self.total - self.done
+            minutes = left * pace / 60
+            time_left = f"{minutes:.0f} minutes" if minutes < 120 else f"{minutes / 60:.0f} hours"
+            text = f"about {time_left} on this machine for the {left:,} steps to go"
+            text += f", at {self.images_per_step / pace:.0f} images/s"
+            if minutes >= 1:
+                self.bar.write(text, sys.stderr) if self.terminal else say(text)
 
     def log(self, loss: float) -> float:
         """Show the loss and the speed. Returns images per second since the last log."""
