@@ -5,8 +5,11 @@ import contextlib
 import ctypes
 import os
 import re
+import time
+from collections.abc import Callable
 
 import torch
+from torch import Tensor, nn
 
 from errors import ResourceError, UsageError
 
@@ -49,6 +52,30 @@ def set_up_device(device: torch.device, deterministic: bool = False) -> None:
         inductor.deterministic = True  # what is compiled is not chosen by its time either
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
         torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads any
+
+
+def compile_network(network: nn.Module, loss: Callable[[], Tensor], **options) -> float:
+    """Compile a network in place, and find out whether that works here: once forward and backward,
+    which takes up to minutes. Weights, random states and gradients (None) stay as they are.
+
+    loss: calls the network as the steps will, returns a scalar; options: of torch.compile. Returns
+    the seconds it took. Raises ResourceError."""
+    network.compile(**options)
+    started, device = time.monotonic(), next(network.parameters()).device
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            loss().backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # compilers raise many kinds
+        what = f"failed ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+        fix = "pass --no_compile, or install what it lacks, such as a C compiler"
+        raise ResourceError("torch.compile", what, fix) from error
+    finally:
+        network.zero_grad(set_to_none=True)
+    return time.monotonic() - started
 
 
 def keep_freed_memory() -> None:

@@ -1,6 +1,7 @@
 """What a run works with: set up from its constants or its newest checkpoint, and tried out before
 the first step."""
 
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from dataset import Batches, Faces, load_faces
-from device import autocast_dtype, precision_note
+from device import autocast_dtype, compile_network, precision_note
 from diffusion import Diffusion
 from files import save_json
 from generate import sample_grid
@@ -103,9 +104,18 @@ def rehearse(run: Run, accelerator: Accelerator, stop: StopSignals) -> None:
     save_json(run.folder / "config.json", asdict(config))
 
 
-def prepare_network(run: Run, accelerator: Accelerator) -> nn.Module:
-    """The network as the step calls it: distributed, on a GPU compiled."""
+def prepare_network(
+    run: Run, accelerator: Accelerator, loss: Callable[[nn.Module], Tensor]
+) -> nn.Module:
+    """The network as the step calls it: distributed, on a GPU compiled.
+
+    loss: of the first batch, by the network it is given. Raises ResourceError."""
     forward = accelerator.prepare_model(run.state.model)
     if run.config.compile and accelerator.device.type == "cuda":
-        forward.compile()
+        talks = accelerator.is_main_process
+        if talks:
+            say("compiling the network, a minute or two; --no_compile does without")
+        seconds = compile_network(forward, lambda: loss(forward))
+        if talks:
+            say(f"compiled in {seconds:.0f} s")
     return forward

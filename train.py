@@ -15,6 +15,7 @@ import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -77,6 +78,7 @@ class Config:
     mixed_precision: Literal["fp16", "bf16", "no"] = free("fp16")  # on a CPU: bf16 if it can, or no
     compile: bool = free(True)  # torch.compile the network, on a CUDA GPU only
     device: Literal[*DEVICES] = free("auto")  # auto: cuda or cpu; mps: Apple's GPU, untried
+    deterministic: bool = free(False)  # on a CUDA GPU: the same numbers in each run, but slower
     # The log
     log_every: int = free(100, least=1)  # steps between two points of the curves
     sample_every: int = free(5000, least=1)  # steps between two grids of samples
@@ -142,6 +144,18 @@ def learning_rate(config: Config, step: int) -> float:
     return config.learning_rate * warmup * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
+def loss_of(config, diffusion, batches, dtype, rank, index: int, forward) -> Tensor:
+    """The loss of this process's micro-batch `index`, a scalar, with random numbers of its own."""
+    torch.manual_seed(seed_of(config.seed, index, rank, 1))  # dropout
+    generator = torch.Generator(diffusion.device)
+    generator.manual_seed(seed_of(config.seed, index, rank, 2))  # timesteps, noise
+    x_0, attributes = batches(index)
+    if attributes is not None:
+        attributes = drop_attributes(attributes, config.attribute_dropout, generator)
+    with torch.autocast(diffusion.device.type, dtype, enabled=dtype is not None):
+        return diffusion.loss(forward, x_0, generator, attributes)
+
+
 def train_step(config, state, diffusion, batches, forward, dtype, rank=0) -> tuple[Tensor, Tensor]:
     """One update. forward: the network, compiled and distributed as it may be.
 
@@ -150,22 +164,15 @@ def train_step(config, state, diffusion, batches, forward, dtype, rank=0) -> tup
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(config, state.step)
 
-    # Gather the gradients of the micro-batches, each seeded anew.
-    generator = torch.Generator(diffusion.device)
+    # Gather the gradients of the micro-batches.
     accumulation = config.gradient_accumulation_steps
     total = torch.zeros((), device=diffusion.device)
     for micro in range(accumulation):
         index = state.step * accumulation + micro
-        torch.manual_seed(seed_of(config.seed, index, rank, 1))  # dropout
-        generator.manual_seed(seed_of(config.seed, index, rank, 2))  # timesteps, noise
-        x_0, attributes = batches(index)
-        if attributes is not None:
-            attributes = drop_attributes(attributes, config.attribute_dropout, generator)
         # Processes exchange gradients once an update, with the last micro-batch.
         wait = micro < accumulation - 1 and hasattr(forward, "no_sync")
         with forward.no_sync() if wait else nullcontext():
-            with torch.autocast(diffusion.device.type, dtype, enabled=dtype is not None):
-                loss = diffusion.loss(forward, x_0, generator, attributes) / accumulation
+            loss = loss_of(config, diffusion, batches, dtype, rank, index, forward) / accumulation
             state.scaler.scale(loss).backward()
         total += loss.detach()
 
@@ -191,7 +198,7 @@ def train(config: Config) -> Path:
     timeout = InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)
     cpu = find_device(config.device).type == "cpu"  # said, or processes there are one each
     accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[timeout])
-    set_up_device(accelerator.device)
+    set_up_device(accelerator.device, config.deterministic)
     is_main, world_size = accelerator.is_main_process, accelerator.num_processes
     with StopSignals() as stop, lock_folder(folder) if is_main else nullcontext():
         run = set_up(config, accelerator)
@@ -201,7 +208,9 @@ def train(config: Config) -> Path:
             return folder
         if is_main:
             rehearse(run, accelerator, stop)
-        forward = prepare_network(run, accelerator)
+        first, rank = state.step * config.gradient_accumulation_steps, accelerator.process_index
+        loss = partial(loss_of, config, diffusion, run.batches, dtype, rank, first)
+        forward = prepare_network(run, accelerator, loss)
         watch = Watch(accelerator.device, patience=20 if dtype == torch.float16 else 1)
         images_per_step = config.batch_size * config.gradient_accumulation_steps * world_size
         progress = Progress(state.step, config.num_training_steps, images_per_step, show=is_main)
@@ -210,7 +219,6 @@ def train(config: Config) -> Path:
         with log, progress:
             while state.step < config.num_training_steps:
                 # Take a step.
-                rank = accelerator.process_index
                 watch.add(*train_step(config, state, diffusion, run.batches, forward, dtype, rank))
                 progress.step()
                 step, last = state.step, state.step == config.num_training_steps

@@ -1,15 +1,39 @@
 """What is promised for CUDA GPUs, as far as a machine without one can tell."""
 
+import copy
+import os
+import sys
+from contextlib import nullcontext
+from functools import partial
+from types import SimpleNamespace
+
 import pytest
 import torch
-from conftest import tiny
+import torch._inductor.config as inductor
+from conftest import tensors_equal, tiny
+from torch._dynamo.backends.common import aot_autograd
+from torch.overrides import TorchFunctionMode
 
+import run as run_module
 import train as train_module
 from benchmarks import peers
-from device import OLD_GPUS, autocast_dtype, check_gpu, precision_note, set_up_device
+from benchmarks.peers import random_faces
+from dataset import Batches
+from device import (
+    OLD_GPUS,
+    autocast_dtype,
+    check_gpu,
+    compile_network,
+    precision_note,
+    set_up_device,
+)
+from diffusion import Diffusion
 from errors import ResourceError
+from safety import Watch
+from train import loss_of, train_step
+from utils import diffusion_arguments, make_state, tensors_in
 
-CUDA = torch.device("cuda")
+CPU, CUDA, META = (torch.device(name) for name in ("cpu", "cuda", "meta"))
 WHEELS = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]  # torch 2.15 for CUDA 13.2
 
 
@@ -40,7 +64,7 @@ def kept_settings():
 
 def test_set_up_makes_a_gpu_fast(gpu, kept_settings):
     gpu((9, 0))
-    set_up_device(torch.device("cpu"))
+    set_up_device(CPU)
     assert not torch.backends.cudnn.benchmark
     assert torch.get_float32_matmul_precision() == "highest"
     set_up_device(CUDA)
@@ -52,7 +76,7 @@ def test_training_and_the_benchmark_set_the_device_up_by_one_function(here, monk
     for module in (train_module, peers):
         monkeypatch.setattr(module, "set_up_device", lambda device, *rest: devices.append(device))
     train_module.train(tiny(num_training_steps=1))
-    peers.Ours(peers.make_config(8, 64, (1, 1), batch_size=1), torch.device("cpu"))
+    peers.Ours(peers.make_config(8, 64, (1, 1), batch_size=1), CPU)
     assert [device.type for device in devices] == ["cpu", "cpu"]
 
 
@@ -81,7 +105,7 @@ def test_a_gpu_that_torch_was_not_built_for_is_one_line_that_names_a_torch(gpu, 
     with pytest.raises(ResourceError, match=text) as error:
         check_gpu(CUDA)
     assert fix in str(error.value) and "CUDA_VISIBLE_DEVICES" in str(error.value)
-    check_gpu(torch.device("cpu"))
+    check_gpu(CPU)
 
 
 @pytest.mark.parametrize(
@@ -103,3 +127,162 @@ def test_gpus_that_emulate_bf16_take_fp16(gpu, capability, asked, dtype):
         asked == "bf16" and dtype != torch.bfloat16
     )
     assert bool(note) == ("training in float16" in note)
+
+
+# The step ----------------------------------------------------------------------------------------
+
+
+class NoGenerator(torch.Generator):
+    """Stands in for one of the meta device, where nothing can be drawn."""
+
+    def __new__(cls, device=None):
+        return super().__new__(cls)
+
+    device = property(lambda self: META)
+
+
+class DrawWithoutGenerator(TorchFunctionMode):
+    """torch.rand and the like, on the meta device, leave out the generator they are given."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = {name: value for name, value in (kwargs or {}).items() if name != "generator"}
+        return function(*args, **kwargs)
+
+
+@pytest.fixture
+def meta(monkeypatch):
+    """The meta device, which computes shapes only, so that it cannot be waited for, takes part in
+    all that a GPU does: fused and foreach kernels, and a loss scale."""
+    monkeypatch.setattr(torch, "Generator", NoGenerator)
+    monkeypatch.setattr(torch, "autocast", lambda *arguments, **options: nullcontext())
+    for module in (sys.modules["torch.optim.optimizer"], torch.utils._foreach_utils):
+        for kind in ("fused", "foreach"):
+            name = f"_get_{kind}_kernels_supported_devices"
+            monkeypatch.setattr(module, name, lambda: ["meta"])
+    with DrawWithoutGenerator():
+        yield META
+
+
+@pytest.mark.parametrize("fp16", [True, False])
+def test_three_updates_wait_for_nothing_and_mix_no_devices(meta, fp16):
+    config = tiny(gradient_accumulation_steps=2, dropout=0.1, attributes=("Smiling",))
+    state = make_state(config, meta, fp16)
+    diffusion = Diffusion(**diffusion_arguments(config), device=meta)
+    images = Batches(random_faces(16, 8), config.batch_size)
+    attributes = torch.ones(config.batch_size, 1, device=meta)
+    watch = Watch(meta, patience=20)
+
+    def batches(index):
+        return images(index)[0].to(meta), attributes
+
+    for _ in range(3):
+        watch.add(*train_step(config, state, diffusion, batches, state.model, None))
+    assert state.step == state.ema.num_updates == 3 and state.scaler.is_enabled()
+    parts = state.model.state_dict(), state.ema.state_dict(), state.optimizer.state_dict()
+    assert {tensor.device for _, tensor in tensors_in(parts)} == {meta}
+    with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
+        watch.read(1, lambda totals: totals)  # what reads must fail here, or nothing is tested
+
+
+# The compiler ------------------------------------------------------------------------------------
+
+
+def compiled(backend, **changes):
+    """A run's state, its step on random images, and what compiles its network by that backend."""
+    config = tiny(**changes)
+    state, diffusion = make_state(config, CPU, fp16=True), Diffusion(**diffusion_arguments(config))
+    images = Batches(random_faces(16, 8), config.batch_size)
+    attributes = torch.ones(config.batch_size, 1) if config.attributes else None
+
+    def batches(index):
+        return images(index)[0], attributes
+
+    def step():
+        train_step(config, state, diffusion, batches, state.model, None)
+
+    def compile():
+        loss = partial(loss_of, config, diffusion, batches, None, 0, 0, state.model)
+        return compile_network(state.model, loss, backend=backend, fullgraph=True)
+
+    return state, step, compile
+
+
+def test_trying_the_compiled_network_leaves_no_trace():
+    state, step, compile = compiled("eager", dropout=0.2)
+    step()
+    before, random = copy.deepcopy(state.state_dict()), torch.get_rng_state()
+    assert compile() > 0
+    assert tensors_equal(state.state_dict(), before)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(parameter.grad is None for parameter in state.model.parameters())
+    assert state.model.training
+
+
+@pytest.mark.parametrize("attributes", [(), ("Smiling",)])
+def test_the_network_compiles_to_one_graph_that_all_steps_use(attributes):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    _, step, compile = compiled(backend, attributes=attributes, gradient_accumulation_steps=2)
+    compile()
+    for _ in range(3):
+        step()
+    assert len(graphs) == 1
+
+
+def fails(graph, inputs):
+    raise RuntimeError("Failed to find C compiler.\nPlease specify via CC")
+
+
+def works(graph, inputs):
+    return graph
+
+
+@pytest.mark.parametrize("forward, backward", [(fails, works), (works, fails)])
+def test_a_compiler_that_fails_forward_or_backward_is_one_line(forward, backward):
+    network = torch.nn.Linear(1, 1)
+    backend = aot_autograd(fw_compiler=forward, bw_compiler=backward)
+    with pytest.raises(ResourceError, match="^torch.compile: failed .*C compiler.* --no_compile"):
+        compile_network(network, lambda: network(torch.ones(1, 1)).sum(), backend=backend)
+
+
+def test_a_batch_that_does_not_fit_is_no_fault_of_the_compiler():
+    def full(graph, inputs):
+        raise torch.OutOfMemoryError
+
+    network = torch.nn.Linear(1, 1)
+    with pytest.raises(torch.OutOfMemoryError):
+        compile_network(network, lambda: full(None, None), backend="eager")
+
+
+def test_a_run_on_a_gpu_tries_its_compiled_network_before_the_first_step(here, monkeypatch, capsys):
+    """The accelerator says that the CPU is a GPU, once all is set up."""
+    compiled = []
+    monkeypatch.setattr(run_module, "compile_network", lambda *rest: compiled.append(rest) or 12.3)
+    accelerator = SimpleNamespace(device=CUDA, is_main_process=True, prepare_model=lambda m: m)
+    for compile in (True, False):
+        run = SimpleNamespace(config=tiny(compile=compile), state=SimpleNamespace(model="network"))
+        run_module.prepare_network(run, accelerator, lambda forward: f"loss of {forward}")
+    ((network, loss),) = compiled
+    assert (network, loss()) == ("network", "loss of network")
+    assert capsys.readouterr().out.splitlines()[-1] == "compiled in 12 s"
+
+
+# The same numbers in every run -------------------------------------------------------------------
+
+
+def test_deterministic_reaches_the_device(here, gpu, kept_settings, monkeypatch):
+    asked = []
+    monkeypatch.setattr(train_module, "set_up_device", lambda *rest: asked.append(rest[1]))
+    train_module.train(tiny(num_training_steps=1))
+    train_module.train(tiny(num_training_steps=2, resume=True, deterministic=True))
+    assert asked == [False, True]
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(inductor, "deterministic", False)
+    gpu((9, 0))
+    set_up_device(CUDA, deterministic=True)
+    assert not torch.backends.cudnn.benchmark and torch.are_deterministic_algorithms_enabled()
+    assert inductor.deterministic and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"

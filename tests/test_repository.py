@@ -127,7 +127,14 @@ def test_every_flag_in_the_documents_exists():
         if "cli.parse(" in path.read_text(encoding="utf-8"):
             known |= flag_names(benchmark_config(path.stem))
     others = {"logdir", "num_processes", "cpu", "num_machines", "machine_rank"}  # of other programs
-    others |= {"main_process_ip", "main_process_port", "nproc_per_node", "inplace", "python"}
+    others |= {
+        "main_process_ip",
+        "main_process_port",
+        "nproc_per_node",
+        "inplace",
+        "index",
+        "python",
+    }
     assert set(re.findall(r"(?<![\w-])--([a-z_]+)", PROSE)) <= known | others
 
 

@@ -336,6 +336,7 @@ def test_config_is_covered_by_the_tests_of_its_constants():
         "img_size",
         "only",
         "compile",
+        "deterministic",
         "log_every",
         "device",  # test_systems.py
     }
