@@ -1,69 +1,94 @@
-"""Our network as diffusers' `UNet2DModel`: its arguments, and its names of the weights."""
+"""Take weights to diffusers, and back.
 
-import re
+    python convert.py --to_diffusers my_run --out folder      # DDPMPipeline.from_pretrained(folder)
+    python convert.py --to_diffusers my_run --condition Smiling Eyeglasses=-1 --out folder
+    python convert.py --from_diffusers folder --out my_run    # a checkpoint of ours
 
-from torch import Tensor, nn
+sample.py, evaluate.py and train.py --init_from also take a folder of diffusers' as it is.
+"""
 
-from unet import Attention, GroupNorm, UNet
+import sys
+from dataclasses import dataclass
+from pathlib import Path
 
-# Our name of a weight, piece by piece, as diffusers has it; what is not listed is called the same.
-RENAMES = (
-    (r"^time_mlp\.0\.", "time_embedding.linear_1."),
-    (r"^time_mlp\.2\.", "time_embedding.linear_2."),
-    (r"^middle_block1\.", "mid_block.resnets.0."),
-    (r"^middle_block2\.", "mid_block.resnets.1."),
-    (r"^middle_attention\.", "mid_block.attentions.0."),
-    (r"^(down|up)\.(\d+)\.blocks\.", r"\1_blocks.\2.resnets."),
-    (r"^(down|up)\.(\d+)\.attentions\.", r"\1_blocks.\2.attentions."),
-    (r"^down\.(\d+)\.resample\.", r"down_blocks.\1.downsamplers.0.conv."),
-    (r"^up\.(\d+)\.resample\.", r"up_blocks.\1.upsamplers.0."),
-    (r"^norm_out\.", "conv_norm_out."),
-    (r"(resnets\.\d+)\.time\.", r"\1.time_emb_proj."),
-    (r"(resnets\.\d+)\.shortcut\.", r"\1.conv_shortcut."),
-    (r"(attentions\.\d+)\.norm\.", r"\1.group_norm."),
-    (r"(attentions\.\d+)\.out\.", r"\1.to_out.0."),
-)
+import cli
+from diffusers_format import write_folder
+from errors import UsageError
+from generate import load_trained
+from log import say
+from pretrained import open_weights
+from sample import SampleConfig, read_condition
+from utils import checkpoint_path, save_checkpoint
 
-
-def diffusers_names(name: str) -> list[str]:
-    """What diffusers calls the weight `name` of ours; qkv is three weights there, one behind the
-    other in ours."""
-    for ours, theirs in RENAMES:
-        name = re.sub(ours, theirs, name)
-    parts = ("to_q", "to_k", "to_v") if ".qkv." in name else ("",)
-    return [name.replace("qkv", part) for part in parts]
+# Settings of a run that say nothing about its weights, and much about the machine.
+OF_THE_MACHINE = ("experiment_name", "path_to_data", "init_from", "resume")
 
 
-def to_diffusers(unet: UNet) -> tuple[dict, dict[str, Tensor]]:
-    """The arguments of the `UNet2DModel` that computes the same, without attributes, and its state
-    dict. Raises ValueError, naming the setting, where there is no such `UNet2DModel`."""
-    weights = {}
-    for name, tensor in unet.state_dict().items():
-        if not name.startswith("attribute_map."):
-            names = diffusers_names(name)
-            weights |= dict(zip(names, tensor.chunk(len(names)), strict=True))
+@dataclass(frozen=True)
+class ConvertConfig:
+    """What to convert, and where to."""
 
-    groups = {m.num_groups for m in unet.modules() if isinstance(m, GroupNorm)}
-    if len(groups) > 1:
-        raise ValueError(
-            f"channels: the norms have {sorted(groups)} groups; diffusers wants one number"
-        )
-    attentions = [m for m in unet.modules() if isinstance(m, Attention)]
-    head_dims = {m.qkv.in_features // m.heads for m in attentions}
-    if len(head_dims) > 1:
-        raise ValueError(
-            f"head_dim: the heads have {sorted(head_dims)} channels; diffusers wants one number"
-        )
-    attends = [not isinstance(stage.attentions[0], nn.Identity) for stage in unet.down]
-    config = dict(
-        sample_size=unet.img_size,
-        block_out_channels=[stage.blocks[0].conv1.out_channels for stage in unet.down],
-        down_block_types=[f"{'Attn' if each else ''}DownBlock2D" for each in attends],
-        up_block_types=[f"{'Attn' if each else ''}UpBlock2D" for each in reversed(attends)],
-        layers_per_block=len(unet.down[0].blocks),
-        attention_head_dim=head_dims.pop(),
-        norm_num_groups=groups.pop(),
-        flip_sin_to_cos=False,
-        freq_shift=1,
-    )
-    return config, weights
+    to_diffusers: str = ""  # what to write for diffusers: a run, a checkpoint, a name in weights/
+    from_diffusers: str = ""  # a folder of diffusers', to write as a run
+    out: str = ""  # the folder to write, new or empty
+    condition: tuple[str, ...] = ()  # attributes to build in for good: Smiling Male=-1
+    half: bool = False  # write the weights in float16, half the size
+
+
+def check_config(config: ConvertConfig) -> None:
+    """Raise UsageError, naming the flag, for what cannot be."""
+    if bool(config.to_diffusers) == bool(config.from_diffusers):
+        fix = "give one of --to_diffusers and --from_diffusers"
+        raise UsageError("--to_diffusers", "not one thing to convert", fix)
+    if config.from_diffusers and (config.condition or config.half):
+        flag = "--condition" if config.condition else "--half"
+        raise UsageError(flag, "is of --to_diffusers", "leave it out")
+    if not config.out:
+        raise UsageError("--out", "is not given", "name the folder to write")
+    out = Path(config.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError("--out", f"{out} exists and is not empty", "choose another name")
+
+
+def to_diffusers(config: ConvertConfig, out: Path) -> None:
+    """Write the averaged weights of a run as a folder that diffusers loads."""
+    path, saved = open_weights(config.to_diffusers)
+    trained = load_trained(path, device="cpu")
+    kept = {name: value for name, value in trained.settings.items() if name not in OF_THE_MACHINE}
+    condition = None
+    if config.condition:
+        condition = read_condition(SampleConfig(condition=config.condition), trained)
+        kept |= {"attributes": (), "condition": config.condition}
+    run = {"step": trained.step, "settings": kept}
+    try:
+        write_folder(out, trained.model, saved["diffusion"], run, condition, config.half)
+    except ValueError as error:
+        what = f"{path} cannot be expressed in diffusers ({error})"
+        raise UsageError("--to_diffusers", what, "train another network") from error
+
+
+def from_diffusers(config: ConvertConfig, out: Path) -> None:
+    """Write the network in a folder of diffusers' as the checkpoint of a run."""
+    path, saved = open_weights(config.from_diffusers)
+    if path.suffix != ".safetensors":
+        what, fix = f"{path} is no folder of diffusers'", "name one with a model_index.json"
+        raise UsageError("--from_diffusers", what, fix)
+    save_checkpoint(checkpoint_path(out, saved["step"]), saved)
+
+
+def convert(config: ConvertConfig) -> Path:
+    """Convert what the config says. Returns the folder written. Raises UserError."""
+    check_config(config)
+    out = Path(config.out)
+    (to_diffusers if config.to_diffusers else from_diffusers)(config, out)
+    say(f"{config.to_diffusers or config.from_diffusers}, converted, lies in {out}")
+    return out
+
+
+def main() -> None:
+    """The command line: ConvertConfig's flags."""
+    convert(cli.parse(ConvertConfig, sys.argv[1:], "Take weights to diffusers, and back."))
+
+
+if __name__ == "__main__":
+    cli.run(main)

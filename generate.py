@@ -22,8 +22,9 @@ from diffusion import Diffusion, image_generators
 from errors import CheckpointError, DataError
 from files import write_atomically
 from images import image_grid, to_uint8
+from pretrained import open_weights
 from unet import UNet
-from utils import find_checkpoint, load_checkpoint, plain_keys
+from utils import plain_keys
 
 
 @dataclass(frozen=True)
@@ -60,13 +61,12 @@ def load_trained(
 ) -> Trained:
     """Build the network that a checkpoint holds, in eval mode.
 
-    checkpoint: as in `find_checkpoint`; raw: the weights in training, not their average; device:
+    checkpoint: as in `open_weights`; raw: the weights in training, not their average; device:
     "cuda" where there is one, else "cpu"; half: in half precision where the device has it. Raises
     CheckpointError; ResourceError for a GPU that this torch has nothing for."""
     device = torch.device(device or find_device())
     check_gpu(device)
-    path = find_checkpoint(checkpoint)
-    saved = load_checkpoint(path)
+    path, saved = open_weights(checkpoint)
     try:
         model = UNet(**saved["unet"])
         weights = saved["model"] if raw else saved["ema"]["model"]

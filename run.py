@@ -18,6 +18,7 @@ from files import save_json
 from generate import sample_grid
 from likelihood import held_out_loss
 from log import say
+from pretrained import open_weights, start_from
 from safety import StopSignals, preflight
 from utils import (
     State,
@@ -72,20 +73,24 @@ def set_up(config, accelerator: Accelerator) -> Run:
     found = open_run(folder, config.resume)
     if found:
         config = fill_config(config, *found)
+    origin = open_weights(config.init_from) if config.init_from and not found else None
+    base = (found or origin or (None, {}))[1].get("unet")
     with accelerator.main_process_first():
         faces = load_faces(config.path_to_data, config.img_size, config.only, config.attributes)
     batches = Batches(faces, config.batch_size, config.seed, rank, world_size, device)
     diffusion = Diffusion(**diffusion_arguments(config), device=device)
     dtype = autocast_dtype(config.mixed_precision, device)
-    state = make_state(config, device, fp16=dtype == torch.float16)
+    state = make_state(config, device, dtype == torch.float16, base)
     facts = {"world_size": world_size, "faces": faces.fingerprint}
-    networks = {"unet": unet_arguments(config), "diffusion": diffusion_arguments(config)}
+    networks = {"unet": unet_arguments(config, base), "diffusion": diffusion_arguments(config)}
     about = {"settings": asdict(config) | facts, **networks}
     if found:
         was = found[1]["settings"]
         if faces.matches(was.get("faces", "")):  # maybe by an older kind of checksum
             was["faces"] = faces.fingerprint
         take_up(state, *found, config, facts)
+    elif origin:
+        start_from(state, *origin, config)
     return Run(config, folder, faces, batches, diffusion, dtype, state, about)
 
 

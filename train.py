@@ -49,6 +49,7 @@ class Config:
     experiment_name: str = free("my_first_diffusion")  # folder of all that the run leaves
     path_to_data: str = free("data")  # images, or "synthetic"; a folder that is absent gets CelebA
     resume: bool = free(False)  # go on from the newest good checkpoint, or start if there is none
+    init_from: str = free("")  # weights to start from: a run, a checkpoint, a folder of diffusers'
     seed: int = fixed(0, least=0)  # of everything random: weights, data order, noise, dropout
     # The data
     img_size: int = fixed(64, least=8)  # pixels of a side: 32, 64, 128, 192, 256

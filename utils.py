@@ -253,10 +253,11 @@ class State:
             raise CheckpointError(path, what, fix) from error
 
 
-def make_state(config, device: torch.device, fp16: bool) -> State:
-    """The network, its average, the optimiser and the loss scale, as a run starts with them."""
+def make_state(config, device: torch.device, fp16: bool, base: dict | None = None) -> State:
+    """The network, its average, the optimiser and the loss scale, as a run starts with them; base:
+    as for `unet_arguments`."""
     torch.manual_seed(config.seed)
-    model = UNet(**unet_arguments(config)).to(device)
+    model = UNet(**unet_arguments(config, base)).to(device)
     # Outside fp16 the scale is 1 and stays 1: it only keeps a gradient that is not finite from the
     # weights, without waiting for the GPU to tell.
     scaler = torch.amp.GradScaler(
@@ -276,12 +277,14 @@ def diffusion_arguments(config) -> dict:
     return {name: getattr(config, name) for name in names}
 
 
-def unet_arguments(config) -> dict:
-    """What `UNet(**...)` needs to be built again."""
+def unet_arguments(config, base: dict | None = None) -> dict:
+    """What `UNet(**...)` needs to be built again.
+
+    base: those of the network whose weights it takes; of them it keeps what is no constant."""
     names = ["img_size", "channels", "channel_mults", "num_res_blocks"]
     names += ["attn_resolutions", "head_dim", "dropout"]
     arguments = {name: getattr(config, name) for name in names}
-    return arguments | {"num_attributes": len(config.attributes)}
+    return (base or {}) | arguments | {"num_attributes": len(config.attributes)}
 
 
 def open_run(folder: Path, resume: bool) -> tuple[Path, dict] | None:

@@ -14,9 +14,9 @@ from torch.nn.utils import clip_grad_norm_
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.common import empty_cache, peak_memory, seconds_of
-from convert import to_diffusers
 from dataset import Batches, Faces
 from device import autocast_dtype, set_up_device
+from diffusers_format import to_diffusers
 from diffusion import Diffusion
 from errors import UsageError
 from safety import Watch

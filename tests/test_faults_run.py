@@ -286,7 +286,7 @@ class Explode(torch.autograd.Function):
 def fp16_patience(monkeypatch):
     """The loss scale and the patience of fp16, with the arithmetic of float32."""
     real = run_module.make_state
-    monkeypatch.setattr(run_module, "make_state", lambda c, d, fp16: real(c, d, fp16=True))
+    monkeypatch.setattr(run_module, "make_state", lambda c, d, fp16, base: real(c, d, True, base))
     monkeypatch.setattr(train_module, "Watch", lambda device, patience: Watch(device, 20))
 
 

@@ -333,6 +333,7 @@ def test_config_is_covered_by_the_tests_of_its_constants():
         "experiment_name",
         "path_to_data",
         "resume",
+        "init_from",  # test_pretrained.py
         "img_size",
         "only",
         "compile",
