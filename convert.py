@@ -53,7 +53,7 @@ def check_config(config: ConvertConfig) -> None:
 def to_diffusers(config: ConvertConfig, out: Path) -> None:
     """Write the averaged weights of a run as a folder that diffusers loads."""
     path, saved = open_weights(config.to_diffusers)
-    trained = load_trained(path, device="cpu")
+    trained = load_trained(path, device="cpu", half=False)
     kept = {name: value for name, value in trained.settings.items() if name not in OF_THE_MACHINE}
     condition = None
     if config.condition:

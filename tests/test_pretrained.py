@@ -203,7 +203,7 @@ def test_network_of_another_family_is_started_from_and_resumed(there):
     train(tiny(**options, num_training_steps=1, learning_rate=1e-12))
     shutil.rmtree("theirs")
     train(tiny(**options, num_training_steps=2, learning_rate=1e-12, resume=True))
-    model = load_trained("new").model
+    model = load_trained("new", half=False).model
     x, t = torch.randn(2, 3, 8, 8), torch.tensor([1, 15])
     with torch.no_grad():
         torch.testing.assert_close(model(x, t), theirs(x, t).sample, rtol=1e-5, atol=1e-5)
