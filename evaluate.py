@@ -11,6 +11,9 @@ Prints tables, and writes evaluation.json, nearest.png and samplers.png into <ru
 generated images are kept there too: stopped in the middle, or asked for more, it goes on from them.
 """
 
+import threads  # noqa: F401  before torch, which reads what it sets
+
+# isort: split
 import hashlib
 import sys
 from dataclasses import asdict, dataclass

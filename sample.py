@@ -6,6 +6,9 @@ python sample.py --sampler ddpm --steps 1000 --out way.gif    # from noise to fa
 python sample.py --num_images 5000 --out faces                # single images in a folder
 """
 
+import threads  # noqa: F401  before torch, which reads what it sets
+
+# isort: split
 import sys
 from dataclasses import dataclass
 from pathlib import Path

@@ -10,6 +10,9 @@ Everything a run leaves lies in ./<experiment_name>. Training is a function of (
 random state is carried from step to step, so a resumed run equals one that was never stopped.
 """
 
+import threads  # noqa: F401  before torch, which reads what it sets
+
+# isort: split
 import math
 import sys
 from contextlib import nullcontext

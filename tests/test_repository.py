@@ -76,6 +76,7 @@ def test_each_module_imports_only_what_the_design_allows():
         "errors": set(),
         "settings": {"errors"},
         "synthetic": set(),
+        "threads": set(),
         "device": {"errors"},
         "files": {"errors"},
         "images": {"files"},

@@ -6,6 +6,8 @@ import builtins
 import os
 import re
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import psutil
@@ -15,7 +17,9 @@ from conftest import ROOT, TINY, assert_error, flags, run_script, tiny
 
 import files
 import sample
+import threads
 import train as train_module
+from benchmarks.busy_speed import VARIABLES
 from device import autocast_dtype, find_device, precision_note
 from errors import UsageError
 from train import train
@@ -115,6 +119,24 @@ def test_tests_that_need_posix_say_so(path):
             ends_processes = part.name in ("killed", "wait")  # of tests that say so
             windows = part.name == "windows"  # the fixture above
             assert "needs_posix()" in source or ends_processes or windows, part.name
+
+
+# Threads -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", ["train", "sample", "evaluate"])
+@pytest.mark.parametrize(
+    "given", [{}, {"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "ACTIVE"}], ids=str
+)
+def test_threads_are_told_how_to_wait_before_torch_loads_them(script, given):
+    code = f"import sys, os; sys.path.insert(0, {str(ROOT)!r}); import {script}\n"
+    code += "loaded = list(sys.modules); assert loaded.index('threads') < loaded.index('torch')\n"
+    code += "print(os.environ.get('GOMP_SPINCOUNT'))"
+    mine = {name: value for name, value in os.environ.items() if name not in VARIABLES} | given
+    run = [sys.executable, "-c", code]
+    result = subprocess.run(run, env=mine, capture_output=True, text=True, timeout=120)
+    expected = {} if given else {"GOMP_SPINCOUNT": threads.SPINS}
+    assert result.stdout.strip() == str((given | expected).get("GOMP_SPINCOUNT")), result.stderr
 
 
 # The device --------------------------------------------------------------------------------------
