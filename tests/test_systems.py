@@ -124,9 +124,15 @@ def test_tests_that_need_posix_say_so(path):
 # Threads -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("script", ["train", "sample", "evaluate"])
 @pytest.mark.parametrize(
-    "given", [{}, {"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "ACTIVE"}], ids=str
+    "script, given",
+    [
+        ("train", {}),
+        ("sample", {}),
+        ("evaluate", {}),
+        ("train", {"GOMP_SPINCOUNT": "7"}),
+        ("train", {"OMP_WAIT_POLICY": "ACTIVE"}),
+    ],
 )
 def test_threads_are_told_how_to_wait_before_torch_loads_them(script, given):
     code = f"import sys, os; sys.path.insert(0, {str(ROOT)!r}); import {script}\n"
