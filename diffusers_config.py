@@ -121,9 +121,8 @@ def read_unet_config(path: Path) -> tuple[dict, bool]:
     fits = isinstance(widths, list) and 1 <= len(widths) <= 12
     fits = fits and all(whole(w, 4, 1 << 14) and w % widths[0] == 0 for w in widths)
     want("block_out_channels", fits and widths[0] % 2 == 0, "even widths, multiples of the first")
-    want(
-        "sample_size", size % 2 ** (len(widths) - 1) == 0, f"multiples of {2 ** (len(widths) - 1)}"
-    )
+    smallest = 2 ** (len(widths) - 1)
+    want("sample_size", size % smallest == 0, f"multiples of {smallest}")
 
     # Attention stands at the same resolutions on the way down and up.
     down, up = config["down_block_types"], config["up_block_types"]
@@ -155,10 +154,10 @@ def read_unet_config(path: Path) -> tuple[dict, bool]:
         attn_resolutions=tuple(size >> i for i, each in enumerate(attends) if each),
         head_dim=head_dim or max(attended),  # None: a single head
         norm_groups=groups,
-        **{
-            name: config[name]
-            for name in ("dropout", "norm_eps", "downsample_padding", "freq_shift")
-        },
+        dropout=config["dropout"],
+        norm_eps=config["norm_eps"],
+        downsample_padding=int(config["downsample_padding"]),
+        freq_shift=int(config["freq_shift"]),
     )
     return arguments, bool(config["flip_sin_to_cos"])
 
@@ -174,10 +173,8 @@ def read_scheduler_config(path: Path) -> dict:
             what = f"{name} is {str(config.get(name))[:100]}; there is {allowed} here"
             raise CheckpointError(path, what, "take another model")
 
-    name = config.get("_class_name")
-    fits = isinstance(name, str) and re.match(
-        "DDPM|DDIM|DPMSolver|UniPC|PNDM|DEIS|Euler|Heun", name
-    )
+    kinds = "DDPM|DDIM|DPMSolver|UniPC|PNDM|DEIS|Euler|Heun"
+    fits = re.match(kinds, str(config.get("_class_name")))
     want("_class_name", bool(fits), "a scheduler of betas, such as DDPMScheduler,")
     predictions = {theirs: ours for ours, theirs in PREDICTION_TYPES.items()}
     kind = config["prediction_type"]

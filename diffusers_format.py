@@ -87,7 +87,6 @@ def to_diffusers(unet: UNet, condition: Tensor | None = None) -> tuple[dict, dic
         # The map of the attributes is added to the embedding, and so is this bias.
         added = unet.attribute_map.weight @ condition.flatten().to(unet.attribute_map.weight)
         weights["time_embedding.linear_2.bias"] = weights["time_embedding.linear_2.bias"] + added
-
     return unet_config(unet), weights
 
 
@@ -149,18 +148,15 @@ def read_folder(folder: Path) -> dict:
 
     with torch.device("meta"):  # names and shapes only
         expected = UNet(**arguments).state_dict()
-    shapes, ours = {}, {}
+    attribute_map = expected.pop(MAP, None)
+    shapes = {}
     for name, tensor in expected.items():
-        if name == MAP:
-            ours[name] = tuple(tensor.shape)
-            continue
         names = diffusers_names(name)
-        shape = (len(tensor) // len(names), *tensor.shape[1:])
-        shapes |= dict.fromkeys(names, shape)
+        shapes |= dict.fromkeys(names, (len(tensor) // len(names), *tensor.shape[1:]))
     theirs = load_weights(weights_file(folder), shapes, new_name)
-    weights = load_weights(folder / ATTRIBUTE_MAP, ours) if ours else {}
-    for name in expected.keys() - weights.keys():
-        weights[name] = torch.cat([theirs[each] for each in diffusers_names(name)])
+    weights = {name: torch.cat([theirs[n] for n in diffusers_names(name)]) for name in expected}
+    if attribute_map is not None:
+        weights |= load_weights(folder / ATTRIBUTE_MAP, {MAP: tuple(attribute_map.shape)})
     if flip:  # there the cosines come first
         first, second = weights["time_mlp.0.weight"].chunk(2, dim=1)
         weights["time_mlp.0.weight"] = torch.cat([second, first], dim=1)
@@ -174,26 +170,20 @@ def check_parts(path: Path) -> None:
         index = read_json(path)
         others = [key for key in index if key[:1] != "_" and key not in ("unet", "scheduler")]
         if others:
-            what = f"is a {index.get('_class_name')} with {', '.join(others)[:100]}"
-            raise CheckpointError(
-                path, what, "take one that generates images by a UNet2DModel alone"
-            )
+            what = f"is a {str(index.get('_class_name'))[:100]} with {', '.join(others)[:100]}"
+            fix = "take a pipeline of a UNet2DModel alone"
+            raise CheckpointError(path, what, fix)
 
 
 def read_run(path: Path, img_size: int) -> tuple[int, dict]:
     """The step and the settings that `run.json` keeps; of a folder without it, what is known."""
     run = read_json(path) if path.is_file() else {}
-    settings = run.get("settings", {})
-    step = run.get("step", 0)
-    fits = isinstance(settings, dict) and whole(step, 0)
-    lists = {name: settings.get(name, []) for name in ("attributes", "only")} if fits else {}
-    fits = fits and all(
-        isinstance(names, list) and len(names) < 1000 and all(isinstance(n, str) for n in names)
-        for names in lists.values()
-    )
-    if not fits:
+    step, settings = run.get("step", 0), run.get("settings", {})
+    fits = whole(step, 0, 2**53) and isinstance(settings, dict)
+    names = [settings.get(key, []) for key in ("attributes", "only")] if fits else []
+    if not fits or not all(isinstance(each, list) for each in names):
         raise CheckpointError(path, "is damaged", "write the folder anew with convert.py")
-    known = {"img_size": img_size, "faces": "unknown"} | settings
-    return step, known | {name: tuple(names) for name, names in lists.items()} | {
-        "img_size": img_size
-    }
+    if not all(isinstance(name, str) for name in sum(names, [])) or len(names[0]) > 1000:
+        raise CheckpointError(path, "holds no names of attributes", "write the folder anew")
+    settings = {"faces": "unknown", **settings, "img_size": img_size}
+    return step, settings | {"attributes": tuple(names[0]), "only": tuple(names[1])}

@@ -166,10 +166,10 @@ def test_network_that_diffusers_cannot_express_is_refused_by_its_setting(changes
 def test_our_folder_comes_back_as_it_was(tmp_path, half):
     model = make_ours(num_attributes=2)
     settings = {"attributes": ["Smiling", "Male"], "only": [], "faces": "abc", "img_size": 16}
-    run = {"step": 12, "settings": settings}
+    run = {"step": 500_000, "settings": settings}
     write_folder(tmp_path, model, COSINE, run, half=half)
     saved = read_folder(tmp_path)
-    assert saved["step"] == 12 and saved["diffusion"] == COSINE
+    assert saved["step"] == 500_000 and saved["diffusion"] == COSINE
     assert saved["settings"]["attributes"] == ("Smiling", "Male")
     assert saved["settings"]["faces"] == "abc"
     ours = model.state_dict()
@@ -365,12 +365,14 @@ def test_damaged_json_is_one_line(tmp_path, file, text):
         dict(step="x"),
         dict(settings={"attributes": "Smiling"}),
         dict(settings={"attributes": [1]}),
+        dict(settings={"attributes": ["a"] * 2000}),
         dict(settings={"only": {}}),
+        dict(step=-1),
     ],
 )
 def test_run_json_that_holds_something_else_is_one_line(tmp_path, run):
     write_folder(tmp_path, make_ours(), COSINE, run)
-    with pytest.raises(CheckpointError, match="run.json: is damaged"):
+    with pytest.raises(CheckpointError, match="run.json: (is damaged|holds no names)"):
         read_folder(tmp_path)
 
 

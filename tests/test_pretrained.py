@@ -13,13 +13,19 @@ from PIL import Image
 
 import pretrained
 from convert import ConvertConfig, convert
-from errors import CheckpointError, UsageError
+from errors import CheckpointError, UsageError, UserError
 from evaluate import EvaluateConfig, evaluate
 from generate import generate, load_trained
-from pretrained import open_weights
+from pretrained import open_weights, start_from
 from sample import SampleConfig, sample
 from train import train
-from utils import list_checkpoints, load_checkpoint
+from utils import (
+    diffusion_arguments,
+    list_checkpoints,
+    load_checkpoint,
+    make_state,
+    unet_arguments,
+)
 
 # A network that diffusers has too: one number of groups, one of channels of a head.
 WIDE = dict(channels=64, channel_mults=(1, 1), head_dim=64, num_timesteps=20)
@@ -124,21 +130,26 @@ def test_nothing_of_the_machine_is_in_the_folder(there):
 
 
 @pytest.mark.parametrize(
-    "words, code, part",
+    "flags, part",
     [
-        ([], 2, "--to_diffusers"),
-        (["--to_diffusers", "run", "--from_diffusers", "folder", "--out", "x"], 2, "not one thing"),
-        (["--to_diffusers", "run"], 2, "--out: is not given"),
-        (["--to_diffusers", "run", "--out", "folder"], 2, "--out"),
-        (["--to_diffusers", "run", "--out", "x", "--condition", "Smiling"], 2, "--condition"),
-        (["--from_diffusers", "run", "--out", "x"], 2, "--from_diffusers"),
-        (["--from_diffusers", "folder", "--out", "x", "--half"], 2, "--half"),
-        (["--from_diffusers", "nothing", "--out", "x"], 4, "nothing: does not exist"),
+        (dict(), "--to_diffusers: not one thing"),
+        (dict(to_diffusers="run", from_diffusers="folder", out="x"), "not one thing"),
+        (dict(to_diffusers="run"), "--out: is not given"),
+        (dict(to_diffusers="run", out="folder"), "--out: folder exists"),
+        (dict(to_diffusers="run", out="x", condition=("Smiling",)), "--condition"),
+        (dict(from_diffusers="run", out="x"), "--from_diffusers"),
+        (dict(from_diffusers="folder", out="x", half=True), "--half"),
+        (dict(from_diffusers="nothing", out="x"), "nothing: does not exist"),
     ],
 )
-def test_mistakes_of_the_command_are_one_line(there, words, code, part):
-    assert_error(run_script("convert.py", *words), code, part)
+def test_mistakes_of_the_command_are_refused_and_write_nothing(there, flags, part):
+    with pytest.raises(UserError, match=part):
+        convert(ConvertConfig(**flags))
     assert not (there / "x").exists()
+
+
+def test_mistake_of_the_command_is_one_line(there):
+    assert_error(run_script("convert.py", "--from_diffusers", "pictures", "--out", "x"), 4, "holds")
 
 
 def test_network_that_cannot_be_expressed_is_one_line_and_writes_nothing(here):
@@ -177,6 +188,35 @@ def test_images_of_another_size_are_started_with_where_the_network_allows_it(the
     train(tiny(**options, img_size=16, attn_resolutions=(8,), learning_rate=1e-12))
     new, old = newest("large")["model"], newest("run")["ema"]["model"]
     assert all(torch.allclose(new[name], old[name], atol=1e-9) for name in old)
+
+
+@pytest.mark.parametrize(
+    "before, now, kept",
+    [
+        (("Smiling", "Male"), ("Smiling", "Male"), True),
+        (("Smiling", "Male"), ("Male", "Smiling"), False),
+        (("Smiling",), ("Smiling", "Male"), False),
+        (("Smiling",), (), False),
+        ((), ("Smiling",), False),
+    ],
+)
+def test_map_of_the_attributes_is_kept_where_they_are_the_same(before, now, kept, capsys):
+    cpu = torch.device("cpu")
+    config = tiny(attributes=before, seed=1)
+    old, new = make_state(config, cpu, False), make_state(tiny(attributes=now), cpu, False)
+    fresh = new.model.state_dict().get("attribute_map.weight")
+    fresh = None if fresh is None else fresh.clone()
+    saved = {"unet": unet_arguments(config), "diffusion": diffusion_arguments(config)}
+    saved |= {"settings": {"attributes": before}, "step": 7, "ema": old.ema.state_dict()}
+    start_from(new, Path("old.pt"), saved, tiny(attributes=now))
+    for model in (new.model, new.ema.model):
+        weights, theirs = model.state_dict(), old.ema.model.state_dict()
+        found = weights.pop("attribute_map.weight", None)
+        wanted = theirs.pop("attribute_map.weight", None) if kept else fresh
+        assert tensors_equal(dict(weights), {name: theirs[name] for name in weights})
+        assert found is None and wanted is None or torch.equal(found, wanted)
+    text = capsys.readouterr().out
+    assert "started from old.pt, step 7" in text and ("attributes" in text) != kept
 
 
 def test_network_of_another_shape_is_refused_with_the_flags_that_fit(there):
