@@ -10,6 +10,7 @@ from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import ROOT, tiny, write_pictures
 
 import cli
@@ -58,6 +59,18 @@ def test_requirements_and_pyproject_list_the_same_packages():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert sorted(project["project"]["dependencies"]) == requirements("requirements.txt")
     assert sorted(project["dependency-groups"]["dev"]) == requirements("requirements-test.txt")
+
+
+def test_workflow_runs_the_two_commands_on_three_systems_from_the_oldest_python_on():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    workflow = yaml.safe_load((ROOT / ".github/workflows/test.yml").read_text(encoding="utf-8"))
+    matrix = workflow["jobs"]["test"]["strategy"]["matrix"]
+    assert [name.split("-")[0] for name in matrix["os"]] == ["ubuntu", "macos", "windows"]
+    assert ">=" + matrix["python"][0] == project["project"]["requires-python"]
+    steps = " ".join(step.get("run", "") for step in workflow["jobs"]["test"]["steps"])
+    for line in re.findall(r"^pip install .*&& python .*", README, flags=re.MULTILINE):
+        for command in line.split(" && "):
+            assert command in steps
 
 
 def test_each_module_imports_only_what_the_design_allows():
