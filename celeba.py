@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from errors import DataError, ResourceError
-from log import say
+from terminal import say
 
 FOLDER = Path("data")  # where it is downloaded to, if that is absent or empty; nowhere else
 ARCHIVES = ("img_align_celeba.zip", "archive.zip")  # as the authors and as Kaggle name it

@@ -2,14 +2,18 @@
 
 import contextlib
 import io
+import itertools
+import os
 import re
+import shutil
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
-import torch
 import tyro
 
-from errors import Interrupted, UsageError, UserError
+from errors import Interrupted, UsageError, UserError, is_out_of_memory
+from terminal import open_streams, say
 
 
 def parse(cls: type, args: Sequence[str], description: str, default: object = None):
@@ -26,10 +30,10 @@ def parse(cls: type, args: Sequence[str], description: str, default: object = No
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
-    # tyro's answer is a box of lines; its first paragraph says what is wrong.
-    inside = [line.strip("│ ").strip() for line in box.getvalue().split("\n")[1:]]
-    inside = inside[: next((i for i, line in enumerate(inside) if set(line) <= set("─╰╯")), None)]
-    what = " ".join(inside)
+    # tyro's answer is a title and a box of lines; its first paragraph says what is wrong.
+    lines = [line.strip("│ ").strip() for line in box.getvalue().split("\n")[1:]]
+    lines = itertools.dropwhile(_is_ruler, lines)  # drawn beneath the title where all is ASCII
+    what = " ".join(itertools.takewhile(lambda line: not _is_ruler(line), lines))
     flag = re.search(r"--[\w-]+", what)
     raise UsageError(
         flag.group().replace("-", "_").replace("__", "--", 1) if flag else "command line",
@@ -38,8 +42,19 @@ def parse(cls: type, args: Sequence[str], description: str, default: object = No
     )
 
 
-def run(main: Callable[[], object]) -> None:
-    """Call a script's main and exit: 0, or the code of its error after one line on stderr."""
+def _is_ruler(line: str) -> bool:
+    return set(line) <= set("─╰╯-_")
+
+
+def run(
+    main: Callable[[], object], fix: str = "end other programs, or take a larger machine"
+) -> None:
+    """Call a script's main and exit: 0, or the code of its error after one line on stderr.
+
+    fix: what to do where memory does not suffice."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # imported: back to KeyboardInterrupt
+    open_streams()
+    settle_environment()
     try:
         main()
         code = 0
@@ -49,17 +64,29 @@ def run(main: Callable[[], object]) -> None:
         code = stop.exit_code
     except KeyboardInterrupt:
         code = 130
-    except torch.OutOfMemoryError:
-        fix = "halve it and double --gradient_accumulation_steps, or take a smaller --channels"
-        code = fail(f"--batch_size: does not fit in the GPU's memory. Fix: {fix}", 5)
-    with contextlib.suppress(OSError, ValueError):
-        sys.stdout.flush()
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        code = fail(f"memory: does not suffice ({reason}). Fix: {fix}", 5)
     if code:
         sys.exit(code)
 
 
 def fail(text: str, code: int) -> int:
     """Print the one line of an error; returns the exit code."""
-    with contextlib.suppress(OSError, ValueError):
-        print("error: " + " ".join(text.split()), file=sys.stderr, flush=True)
+    say("error: " + " ".join(text.split()), sys.stderr)
     return code
+
+
+def settle_environment() -> None:
+    """Take away the variables that change what the flags say, or fail long after the start."""
+    for name in list(os.environ):
+        if name.startswith(("ACCELERATE_DYNAMO_", "ACCELERATE_GRADIENT_ACCUMULATION_")):
+            del os.environ[name]
+    if "MASTER_ADDR" not in os.environ:  # RANK and the like are left over: nobody launched this
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+            os.environ.pop(name, None)
+    os.environ["MPLBACKEND"] = "agg"  # plots go into files
+    if shutil.get_terminal_size().columns < 60:  # tyro seeks a way to wrap words, for ever
+        os.environ["COLUMNS"] = "60"

@@ -15,9 +15,9 @@ import cli
 from diffusers_format import write_folder
 from errors import UsageError
 from generate import load_trained
-from log import say
 from pretrained import open_weights
 from sample import SampleConfig, read_condition
+from terminal import say
 from utils import checkpoint_path, save_checkpoint
 
 # Settings of a run that say nothing about its weights, and much about the machine.

@@ -5,6 +5,8 @@ Modules raise these exceptions; only `main()` of a script turns them into the li
     0 done   2 usage   3 data   4 checkpoint   5 resources   6 diverged   130, 143 interrupted
 """
 
+import errno
+
 
 class UserError(Exception):
     """A mistake or a misfortune that the user can mend.
@@ -33,6 +35,10 @@ class CheckpointError(UserError):
     exit_code = 4
 
 
+class NewerFormatError(CheckpointError):
+    """A checkpoint that a newer version of this program can read."""
+
+
 class ResourceError(UserError):
     """No disk, no memory."""
 
@@ -43,6 +49,17 @@ class DivergedError(UserError):
     """The training has left the finite numbers."""
 
     exit_code = 6
+
+
+# What torch says where memory does not suffice, on a CPU or a GPU, or could on no machine.
+OUT_OF_MEMORY = ("out of memory", "allocate memory", "not enough memory", "std::bad_alloc")
+OUT_OF_MEMORY += ("calculation overflowed", "multiplication overflow", "Invalid buffer size")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception of Python, numpy or torch says that memory does not suffice."""
+    said = isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
+    return said or isinstance(error, MemoryError) or getattr(error, "errno", 0) == errno.ENOMEM
 
 
 class Interrupted(BaseException):

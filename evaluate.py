@@ -11,9 +11,19 @@ Prints tables, and writes evaluation.json, nearest.png and samplers.png into <ru
 generated images are kept there too: stopped in the middle, or asked for more, it goes on from them.
 """
 
+if __name__ == "__main__":
+    # Ctrl-C while the rest is imported ends it without a traceback; PYTHONSAFEPATH hides the rest.
+    import os
+    import signal
+    import sys
+
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+
 import threads  # noqa: F401  before torch, which reads what it sets
 
 # isort: split
+
 import hashlib
 import sys
 from dataclasses import asdict, dataclass
@@ -42,10 +52,10 @@ from generate import (
 )
 from images import image_grid, save_image, to_x_0
 from likelihood import held_out_loss
-from log import say, table
 from metrics import copies, find_features, measure_distances, nearest_pixels, nearest_vectors
 from samplers import SamplerError, check_sampler
 from settings import check_ranges, constant
+from terminal import say, table
 
 NUM_SHOWN = 8  # faces in nearest.png and in each row of samplers.png
 
@@ -324,4 +334,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, fix="lower --batch_size, --num_images, --num_reference or --loss_draws")

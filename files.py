@@ -1,33 +1,55 @@
 """Files that are whole or not there, and the lock on a run's folder."""
 
 import contextlib
+import errno
+import functools
 import json
 import os
+import secrets
 import shutil
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import filelock
 
 from errors import ResourceError, UsageError
+from terminal import warn
+
+# What a disk answers that lacks a call (some network and FUSE disks), rather than failing at it.
+LACKING = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOTTY}
 
 
 def write_atomically(path: Path, write: Callable[[Path], None], needed: int = 0) -> None:
-    """Let `write` fill a file beside `path`, then give it that name: readers see all of it or none.
+    """Let `write` fill a temporary file beside `path`, then give it that name: readers see all or
+    nothing of it.
 
     needed: bytes, for the error. Raises ResourceError where the disk refuses."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # A random name, not the process's number: two containers that share a disk share numbers.
+    temporary = path.with_name(f".{path.name[:50]}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
+            sync(file.fileno(), path.parent)
         os.replace(temporary, path)
         sync_folder(path.parent)
     except OSError as error:
         raise disk_error(path, error, needed) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the error above says more
+            temporary.unlink(missing_ok=True)
+
+
+def sync(handle: int, folder: Path) -> None:
+    """Make what was written to an open file, or renamed in an open folder, outlive a power cut.
+    Where the disk of `folder` has no such thing a line says so. Raises OSError where it fails."""
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in LACKING:
+            raise
+        _say_weaker(folder.absolute(), "be synced: a power cut may cost the newest files")
 
 
 def sync_folder(folder: Path) -> None:
@@ -37,9 +59,14 @@ def sync_folder(folder: Path) -> None:
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        sync(handle, folder)
     finally:
         os.close(handle)
+
+
+@functools.cache
+def _say_weaker(folder: Path, what: str) -> None:
+    warn(f"{folder}: its disk cannot {what}")
 
 
 def disk_error(path: Path, error: OSError, needed: int = 0) -> ResourceError:
@@ -60,36 +87,63 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove what a killed run left half written. Only for the run that holds the folder's lock."""
-    for temporary in folder.glob(".*.tmp"):
-        temporary.unlink(missing_ok=True)
+class FolderLock:
+    """One run per folder. The system drops the lock with the process, so a crash leaves none.
 
+    `lock.pid` tells whose it is; it stays open, so that no other file can pass for it. Raises
+    UsageError, with the pid of the run that holds the folder."""
 
-@contextlib.contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
-    """One run per folder. The system drops the lock with the process, so a crash leaves none
-    behind; `lock.pid` is beside it, as nobody but its holder can read a locked file on Windows.
+    def __init__(self, folder: Path):
+        self.folder = folder
 
-    Raises UsageError, with the pid of the run that holds it."""
-    lock, pid = filelock.FileLock(folder / "lock", timeout=0), folder / "lock.pid"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except FileExistsError as error:
-        raise UsageError(
-            "--experiment_name", f"{folder} is a file", "choose another name"
-        ) from error
-    except filelock.Timeout as error:
-        holder = pid.read_text(encoding="utf-8").strip() if pid.exists() else "that is not known"
-        what = f"{folder} is in use by the run with pid {holder}"
-        raise UsageError("--experiment_name", what, "choose another, or stop that run") from error
-    except OSError as error:
-        raise disk_error(folder / "lock", error) from error
-    try:
-        with contextlib.suppress(OSError):  # only for the line above
-            pid.write_text(f"{os.getpid()}\n", encoding="utf-8")
-        yield
-    finally:
-        pid.unlink(missing_ok=True)
-        lock.release()
+    def __enter__(self) -> "FolderLock":
+        self._take()
+        return self
+
+    def __exit__(self, *_) -> None:
+        mine = self._is_mine()
+        self.pid.close()
+        if mine:
+            Path(self.pid.name).unlink(missing_ok=True)
+        self.lock.release()
+
+    def check(self) -> None:
+        """Before each save: a folder that was removed under the run is made again. Raises
+        UsageError where another run has taken its place."""
+        if not Path(self.pid.name).exists():
+            warn(f"{self.folder} was removed or renamed; it is made again for the run to go on")
+            self.__exit__()
+            self._take()
+        elif not self._is_mine():
+            what = f"{self.folder} was removed, and is now the folder of another run"
+            raise UsageError("--experiment_name", what, "choose another name")
+
+    def _is_mine(self) -> bool:
+        with contextlib.suppress(OSError):
+            return os.path.samestat(os.stat(self.pid.name), os.fstat(self.pid.fileno()))
+        return False
+
+    def _take(self) -> None:
+        refused = functools.partial(UsageError, "--experiment_name")
+        pid, self.lock = self.folder / "lock.pid", filelock.FileLock(self.folder / "lock", 0)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with warnings.catch_warnings(action="ignore"):
+                self.lock.acquire()
+        except FileExistsError as error:
+            raise refused(f"{self.folder} is a file", "choose another name") from error
+        except filelock.Timeout as error:
+            holder = pid.read_text(encoding="utf-8").strip() if pid.exists() else "not known"
+            what = f"{self.folder} is in use by the run with pid {holder}"
+            raise refused(what, "choose another, or stop that run") from error
+        except (OSError, NotImplementedError) as error:
+            if getattr(error, "errno", errno.ENOSYS) not in LACKING:
+                raise disk_error(self.folder / "lock", error) from error
+        if isinstance(self.lock, filelock.SoftFileLock) or not self.lock.is_locked:
+            _say_weaker(self.folder, "lock files: let no second run use the folder")
+        try:
+            self.pid = open(pid, "w", encoding="utf-8")
+            self.pid.write(f"{os.getpid()}\n")
+            self.pid.flush()
+        except OSError as error:
+            raise disk_error(pid, error) from error

@@ -1,140 +1,114 @@
-"""What a run says while it goes on: TensorBoard, loss.png, and a bar or lines for the terminal."""
+"""What a run leaves for its reader: TensorBoard's file, the sample grids, loss.png."""
 
+import contextlib
+import errno
+import io
 import os
-import sys
+import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from files import write_atomically
 from images import save_image
+from terminal import warn
 
 
-def say(text: str) -> None:
-    """Print a line where somebody may read it; a closed pipe does not end a run of days."""
-    try:
-        print(text, flush=True)
-    except (OSError, ValueError):
-        sys.stdout = open(os.devnull, "w")
+class EventFile:
+    """A file that TensorBoard reads: an event is on the disk when `add` returns, or not at all."""
 
+    def __init__(self, folder: Path, step: int):
+        self.folder, self.step, self.file = folder, step, None
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in GitHub's markdown: the first column to the left, the others to the right."""
-    widths = [max(len(line[i]) for line in [columns, *rows]) for i in range(len(columns))]
+    def add(self, **event) -> None:
+        """Append an event. event: Event's fields. Raises OSError where the disk refuses."""
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # slow to import
+        from tensorboard.summary.writer.record_writer import RecordWriter
 
-    def line(cells: Sequence[str]) -> str:
-        padded = [cells[0].ljust(widths[0])]
-        padded += [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
-        return f"| {' | '.join(padded)} |"
+        if self.file is None or os.fstat(self.file.fileno()).st_nlink == 0:  # or removed
+            seconds, nanoseconds = divmod(time.time_ns(), 10**9)
+            name = f"events.out.tfevents.{seconds:010d}.{nanoseconds:09d}.{socket.gethostname()}"
+            self.file = open(self.folder / name, "ab", buffering=0)
+        end, events = os.fstat(self.file.fileno()).st_size, [event]
+        if end == 0:  # START hides what an interrupted run logged after the step to go on from
+            start = dict(step=self.step + 1, session_log=SessionLog(status=SessionLog.START))
+            events = [dict(file_version="brain.Event:2"), *[start] * (self.step > 0), event]
+        records = io.BytesIO()
+        for each in events:
+            message = Event(wall_time=time.time(), **each)
+            RecordWriter(records).write(message.SerializeToString())
+        try:
+            if self.file.write(records.getbuffer()) < records.tell():
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            os.truncate(self.file.fileno(), end)  # half a record would hide all that follows
+            raise
 
-    rules = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    return "\n".join([line(columns), line(rules), *map(line, rows)])
+    def close(self) -> None:
+        """Close it, if ever it was opened."""
+        if self.file:
+            self.file.close()
 
 
 class RunLog:
-    """A run's numbers and images: TensorBoard in its folder, loss.png.
+    """A run's numbers and images: TensorBoard in its folder, samples/, loss.png. None of these is
+    worth a run: where one cannot be written a line says so, once, and the training goes on.
 
     history: [[step, loss]], kept in the checkpoint so that loss.png shows the whole run."""
 
     def __init__(self, folder: Path, step: int, history: list[list[float]]):
-        from torch.utils.tensorboard import SummaryWriter  # slow to import, not needed to read
-
         self.folder, self.history = folder, history
-        # What an interrupted run logged after the step to go on from, TensorBoard drops.
-        self.writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+        self.events, self.failed = EventFile(folder, step), set()
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        """Log a few numbers of a step, "loss" among them."""
-        self.history.append([step, values["loss"]])
-        for name, value in values.items():
-            self.writer.add_scalar(name, value, step)
+        """Log a few numbers of a step."""
+        with self._not_worth_a_run("TensorBoard's file"):
+            from tensorboard.compat.proto.summary_pb2 import Summary
+
+            numbers = [Summary.Value(tag=k, simple_value=v) for k, v in values.items()]
+            self.events.add(step=step, summary=Summary(value=numbers))
 
     def images(self, step: int, grid: Image.Image) -> None:
         """Log a grid, and save it as samples/step_XXXXXXXX.png."""
-        self.writer.add_image("samples", np.asarray(grid), step, dataformats="HWC")
-        self.writer.flush()
-        save_image(grid, self.folder / "samples" / f"step_{step:08d}.png")
+        with self._not_worth_a_run("samples/"):
+            save_image(grid, self.folder / "samples" / f"step_{step:08d}.png")
+        with self._not_worth_a_run("TensorBoard's file"):
+            from tensorboard.compat.proto.summary_pb2 import Summary
+
+            png = io.BytesIO()
+            grid.save(png, "PNG")
+            size = dict(width=grid.width, height=grid.height, colorspace=3)
+            image = Summary.Image(**size, encoded_image_string=png.getvalue())
+            value = Summary.Value(tag="samples", image=image)
+            self.events.add(step=step, summary=Summary(value=[value]))
 
     def plot_loss(self) -> None:
         """Plot the losses so far as loss.png."""
         if not self.history:
             return
-        from matplotlib.figure import Figure
+        with self._not_worth_a_run("loss.png"):
+            from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(7, 4), layout="constrained")
-        axes = figure.add_subplot(xlabel="step", ylabel="loss", yscale="log")
-        axes.plot(*zip(*self.history, strict=True))
-        path = self.folder / "loss.png"
-        write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
+            figure = Figure(figsize=(7, 4), layout="constrained")
+            axes = figure.add_subplot(xlabel="step", ylabel="loss", yscale="log")
+            axes.plot(*zip(*self.history, strict=True))
+            path = self.folder / "loss.png"
+            write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
+
+    @contextlib.contextmanager
+    def _not_worth_a_run(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # a full disk, a folder taken away, a broken library
+            if what not in self.failed:
+                reason = " ".join(str(error).split())
+                warn(f"{self.folder}: {what} is not written ({reason}); the training goes on")
+            self.failed.add(what)
 
     def __enter__(self) -> "RunLog":
         return self
 
     def __exit__(self, *_) -> None:
-        self.writer.close()
-
-
-class Progress:
-    """How far a run is and how fast: a bar in a terminal, a plain line at each log elsewhere."""
-
-    def __init__(self, step: int, total: int, images_per_step: int, show: bool = True):
-        self.images_per_step, self.show = images_per_step, show
-        self.terminal = sys.stderr.isatty()
-        options = dict(initial=step, total=total, unit="step", dynamic_ncols=True)
-        self.bar = tqdm(disable=not (show and self.terminal), **options)
-        self.done, self.total = step, total
-        self.first: tuple[int, float] | None = None  # after which step, and when, it got going
-        self.foretold = not show
-        self.restart()
-
-    def restart(self) -> None:
-        """Begin to count the time anew, after something that is not training."""
-        self.since, self.started = self.done, time.monotonic()
-
-    def step(self) -> None:
-        """One more step is done."""
-        self.done += 1
-        self.bar.update()
-        if not self.foretold:
-            self._foretell(time.monotonic())
-
-    def _foretell(self, now: float) -> None:
-        """Say once, 5 seconds after the first step, which is slower, how long the run will take."""
-        if self.first is None:
-            self.first = self.done, now
-        elif now - self.first[1] >= 5:
-            self.foretold = True
-            pace = (now - self.first[1]) / (self.done - self.first[0])
-            left = self.total - self.done
-            minutes = left * pace / 60
-            time_left = f"{minutes:.0f} minutes" if minutes < 120 else f"{minutes / 60:.0f} hours"
-            text = f"about {time_left} on this machine for the {left:,} steps to go"
-            text += f", at {self.images_per_step / pace:.0f} images/s"
-            if minutes >= 1:
-                self.bar.write(text, sys.stderr) if self.terminal else say(text)
-
-    def log(self, loss: float) -> float:
-        """Show the loss and the speed. Returns images per second since the last log."""
-        seconds = max(time.monotonic() - self.started, 1e-9)
-        steps_per_second = (self.done - self.since) / seconds
-        speed = steps_per_second * self.images_per_step
-        if self.terminal:
-            self.bar.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} images/s", refresh=False)
-        elif self.show:
-            left = (self.total - self.done) / max(steps_per_second, 1e-9)
-            say(
-                f"step {self.done}/{self.total}  loss {loss:.4f}  {speed:.0f} images/s"
-                f"  {tqdm.format_interval(left)} left"
-            )
-        self.restart()
-        return speed
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.bar.close()
+        self.events.close()

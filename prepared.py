@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from errors import DataError
 from files import disk_error, free_bytes, write_atomically
-from log import say
+from terminal import say
 
 PREPARED = Path("prepared")  # in the current folder; may be deleted
 TRAILER = b"\ncrc32 %08x\n"  # what stands behind the data

@@ -7,7 +7,7 @@ import torch
 
 from diffusers_format import MAP, WEIGHTS, read_folder, weights_file
 from errors import CheckpointError, UsageError
-from log import say
+from terminal import say
 from unet import Attention, GroupNorm, UNet, default_channel_mults
 from utils import State, find_checkpoint, load_checkpoint, plain_keys
 

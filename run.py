@@ -3,6 +3,7 @@ the first step."""
 
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,9 +18,9 @@ from diffusion import Diffusion
 from files import save_json
 from generate import sample_grid
 from likelihood import held_out_loss
-from log import say
 from pretrained import open_weights, start_from
 from safety import StopSignals, preflight
+from terminal import say
 from utils import (
     State,
     diffusion_arguments,
@@ -105,7 +106,8 @@ def rehearse(run: Run, accelerator: Accelerator, stop: StopSignals) -> None:
     say(f"{millions:.1f} M weights in {used} on {accelerator.num_processes} x {device}")
     size = sum(p.nbytes for p in model.parameters())
     needed = (config.keep_checkpoints + 1) * size * 4  # weights, EMA, two moments of Adam's
-    preflight(run.folder, needed, lambda: run.sample(stop, num_samples=1, steps=1), run.save)
+    sample = partial(run.sample, stop, config.num_samples, steps=1)  # as large as it will be
+    preflight(run.folder, needed, sample, run.save)
     save_json(run.folder / "config.json", asdict(config))
 
 

@@ -1,8 +1,11 @@
 """What keeps a run of days safe: signals, checks before the first step, a watch over numbers."""
 
+import contextlib
 import os
+import re
 import signal
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,11 +14,20 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from errors import DivergedError, Interrupted, ResourceError
-from files import disk_error, free_bytes, remove_leftovers, sync_folder
+from files import disk_error, free_bytes, sync_folder
+from utils import list_checkpoints
+
+# What ends a process and can be waited for: Ctrl-C, a scheduler or the system, the terminal that
+# goes away, and the warnings that schedulers send (SLURM's --signal). Windows has the first two.
+STOPPING = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+
+# What a run that was killed leaves half written, in the folders that are its own.
+LEFTOVER = re.compile(r"\.?(config\.json|loss\.png|preflight|step_\d+\.(pt|png))(\.\w+)*\.tmp")
 
 
 class StopSignals:
-    """SIGTERM and Ctrl-C while a run is on: the first one asks it to stop, the second ends it now.
+    """The signals in STOPPING while a run is on: the first one asks it to stop. A second Ctrl-C
+    ends it now; other signals come twice by themselves, to a process and to its group.
 
     As a context manager it takes the handlers over, and gives them back at the end. Until
     `deferred` is set a signal raises Interrupted where it finds the program; from then on it only
@@ -28,8 +40,10 @@ class StopSignals:
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._handle)
+            for number in (getattr(signal, name) for name in STOPPING if hasattr(signal, name)):
+                hup = number == getattr(signal, "SIGHUP", None)
+                if not hup or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                    self._before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_):
@@ -38,8 +52,10 @@ class StopSignals:
 
     def _handle(self, number: int, _frame) -> None:
         if self.received:
-            os._exit(128 + number)
-        self.received = number
+            if number == signal.SIGINT and time.monotonic() - self.since > 0.1:  # a launcher's echo
+                os._exit(128 + number)
+            return
+        self.received, self.since = number, time.monotonic()
         if not self.deferred:
             raise Interrupted(number)
 
@@ -69,14 +85,17 @@ def preflight(
         sync_folder(checkpoints)
     except OSError as error:
         raise disk_error(checkpoints, error) from error
-    remove_leftovers(checkpoints)
-    remove_leftovers(folder)
+    for part in (folder, checkpoints, folder / "samples"):
+        for path in (path for path in part.glob("*.tmp") if LEFTOVER.fullmatch(path.name)):
+            with contextlib.suppress(OSError):
+                path.unlink()
     free = free_bytes(checkpoints)
-    if free < needed:
-        what = f"the disk has {free:,} bytes left and the checkpoints need {needed:,}"
+    written = sum(path.stat().st_size for path in list_checkpoints(folder))
+    if free < needed - written:
+        what = f"the disk has {free:,} bytes left and the checkpoints need {needed - written:,}"
         raise ResourceError(checkpoints, what, "free space, or lower --keep_checkpoints")
     sample()
-    trial = checkpoints / ".preflight.tmp"
+    trial = checkpoints / "preflight.tmp"
     try:
         save(trial)
     finally:

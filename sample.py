@@ -6,9 +6,19 @@ python sample.py --sampler ddpm --steps 1000 --out way.gif    # from noise to fa
 python sample.py --num_images 5000 --out faces                # single images in a folder
 """
 
+if __name__ == "__main__":
+    # Ctrl-C while the rest is imported ends it without a traceback; PYTHONSAFEPATH hides the rest.
+    import os
+    import signal
+    import sys
+
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+
 import threads  # noqa: F401  before torch, which reads what it sets
 
 # isort: split
+
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +36,9 @@ from diffusion import draw_noise, image_generators
 from errors import UsageError
 from generate import Trained, generate, load_trained, sheet
 from images import image_grid, save_image, to_uint8
-from log import say
 from samplers import SAMPLERS, SamplerError, check_sampler, is_deterministic
 from settings import check_ranges, constant
+from terminal import say
 
 GIF_FRAMES = 40  # at most, in the way from noise to faces
 
@@ -192,4 +202,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, fix="lower --batch_size, --num_images or --steps")

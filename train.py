@@ -10,9 +10,19 @@ Everything a run leaves lies in ./<experiment_name>. Training is a function of (
 random state is carried from step to step, so a resumed run equals one that was never stopped.
 """
 
+if __name__ == "__main__":
+    # Ctrl-C while the rest is imported ends it without a traceback; PYTHONSAFEPATH hides the rest.
+    import os
+    import signal
+    import sys
+
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+
 import threads  # noqa: F401  before torch, which reads what it sets
 
 # isort: split
+
 import math
 import sys
 from contextlib import nullcontext
@@ -32,11 +42,12 @@ from dataset import drop_attributes
 from device import DEVICES, find_device, set_up_device
 from diffusion import NOISE_SCHEDULES, PREDICTIONS
 from errors import Interrupted, UsageError
-from files import lock_folder
-from log import Progress, RunLog, say
+from files import FolderLock
+from log import RunLog
 from run import prepare_network, rehearse, set_up
 from safety import StopSignals, Watch, agreed_stop
 from settings import check_ranges, fixed, free
+from terminal import Progress, say
 from unet import check_shape
 from utils import (
     checkpoint_path,
@@ -94,6 +105,10 @@ class Config:
 # How long a process waits for the others, as while the first prepares the faces.
 PROCESS_TIMEOUT = timedelta(minutes=60)
 
+# What to do where memory does not suffice.
+MEMORY = "lower --batch_size (and raise --gradient_accumulation_steps), --num_samples, "
+MEMORY += "--channels, --num_res_blocks or --num_timesteps"
+
 # What `--demo` changes: synthetic faces, and a network that a CPU trains on them in minutes.
 DEMO = dict(
     experiment_name="demo",
@@ -122,7 +137,7 @@ DEMO = dict(
 def check_config(config: Config) -> None:
     """Raise UsageError, naming the flag, for a constant that cannot be."""
     check_ranges(config)
-    if config.experiment_name in ("", ".", ".."):
+    if Path(config.experiment_name).name in ("", ".."):  # ".", "./", "/" too
         raise UsageError("--experiment_name", f"is {config.experiment_name!r}", "name a folder")
     if len(set(config.attributes)) < len(config.attributes):
         raise UsageError("--attributes", f"is {config.attributes!r}", "give each name once")
@@ -204,7 +219,7 @@ def train(config: Config) -> Path:
     accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[timeout])
     set_up_device(accelerator.device, config.deterministic)
     is_main, world_size = accelerator.is_main_process, accelerator.num_processes
-    with StopSignals() as stop, lock_folder(folder) if is_main else nullcontext():
+    with StopSignals() as stop, FolderLock(folder) if is_main else nullcontext() as lock:
         run = set_up(config, accelerator)
         config, state, diffusion, dtype = run.config, run.state, run.diffusion, run.dtype
         if state.step >= config.num_training_steps:
@@ -229,27 +244,31 @@ def train(config: Config) -> Path:
                 stopping = agreed_stop(stop, accelerator, step)
                 saving = step % config.save_every == 0 or last or stopping
                 sampling = step % config.sample_every == 0 or last
+                logging = step % config.log_every == 0 or saving
 
-                # Log, and stop where the numbers are no longer finite.
-                if step % config.log_every == 0 or saving:
+                # Stop where the numbers are no longer finite.
+                if logging:
                     values = watch.read(step, lambda totals: accelerator.reduce(totals, "mean"))
                     values["learning_rate"] = learning_rate(config, step - 1)
                     values["images_per_second"] = progress.log(values["loss"])
-                    if is_main and saving and not stopping:
-                        values |= run.held_out_loss()
-                    if is_main:
-                        log.scalars(step, values)
+                    state.history.append([step, values["loss"]])
 
-                # Save.
+                # Save, before anything that is worth less.
                 if saving and is_main:
+                    lock.check()
                     run.save(checkpoint_path(folder, step))
-                    prune_checkpoints(folder, config.keep_checkpoints)
+                    prune_checkpoints(checkpoint_path(folder, step), config.keep_checkpoints)
+
+                # Log and sample.
+                if logging and is_main:
+                    if saving and not stopping:
+                        values |= run.held_out_loss()
+                    log.scalars(step, values)
+                if saving and is_main:
                     log.plot_loss()
                 if stopping:
                     say(f"stopped by a signal, step {step} is saved; go on with --resume")
                     raise Interrupted(stopping)
-
-                # Sample.
                 if sampling and is_main:
                     grid = run.sample(stop, config.num_samples)
                     if grid is not None:
@@ -270,4 +289,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, MEMORY)

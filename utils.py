@@ -5,11 +5,10 @@ flipped bit is noticed (`torch.load` notices none). It is written under a tempor
 read back, and only then given its own: whatever happens, the newest good one stays.
 """
 
+import contextlib
 import hashlib
 import io
-import os
 import re
-import sys
 import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -20,9 +19,15 @@ from torch import Tensor
 
 import settings
 from ema import EMA
-from errors import CheckpointError, DivergedError, UsageError
-from files import write_atomically
-from log import say
+from errors import (
+    CheckpointError,
+    DivergedError,
+    NewerFormatError,
+    UsageError,
+    is_out_of_memory,
+)
+from files import sync, write_atomically
+from terminal import say, warn
 from unet import UNet
 
 CHECKPOINT_FORMAT = 1
@@ -77,7 +82,7 @@ def save_checkpoint(path: Path, state: dict) -> None:
             raise OSError(str(error).split("\n")[0]) from error
         sign(temporary)
         with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
+            sync(file.fileno(), path.parent)
         try:
             load_checkpoint(temporary)
         except CheckpointError as error:
@@ -135,20 +140,21 @@ def load_checkpoint(path: Path) -> dict:
 
     Raises CheckpointError: no such file, a folder, damaged, of a newer format, or not weights."""
     path = Path(path)
-    if not path.exists():
-        raise CheckpointError(path, "does not exist", "check the path, or train first")
-    if path.is_dir():
-        raise CheckpointError(path, "is a folder", "name a file in it, step_....pt")
     try:
+        if not path.exists():
+            raise CheckpointError(path, "does not exist", "check the path, or train first")
+        if path.is_dir():
+            raise CheckpointError(path, "is a folder", "name a file in it, step_....pt")
         check_signature(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise CheckpointError(
-            path, f"cannot be read: {error.strerror}", "check the disk"
-        ) from error
     except CheckpointError:
         raise
     except Exception as error:  # torch.load and zipfile raise many kinds
+        if is_out_of_memory(error):
+            raise
+        if isinstance(error, OSError):
+            what = f"cannot be read: {error.strerror}"
+            raise CheckpointError(path, what, "check the disk") from error
         reason = str(error).split("\n")[0].strip()
         fix = "give a checkpoint that train.py saved"
         raise CheckpointError(path, f"cannot be loaded as plain weights ({reason})", fix) from error
@@ -156,21 +162,32 @@ def load_checkpoint(path: Path) -> dict:
         raise CheckpointError(path, "is not a checkpoint", "give one that train.py saved")
     if state["format"] > CHECKPOINT_FORMAT:
         what = f"has format {state['format']}, this program reads up to {CHECKPOINT_FORMAT}"
-        raise CheckpointError(path, what, "upgrade the program")
+        raise NewerFormatError(path, what, "upgrade the program")
     return state
 
 
-def load_newest_checkpoint(folder: Path) -> tuple[Path, dict] | None:
-    """The newest good checkpoint of a run, or None where it has none at all. A damaged one is named
-    on stderr and the one before it taken; raises CheckpointError where all are damaged."""
-    paths = list_checkpoints(folder)
-    for i, path in enumerate(paths):
+def load_newest_checkpoint(folder: Path, set_aside: bool = False) -> tuple[Path, dict] | None:
+    """The newest good checkpoint of a run, or None where it has none at all. Damaged ones are named
+    on stderr and the one before them is taken; raises CheckpointError where all are damaged.
+
+    set_aside: rename those, which are newer than what is gone on from, to *.damaged."""
+    damaged = []
+    for path in list_checkpoints(folder):
         try:
-            return path, load_checkpoint(path)
+            state = load_checkpoint(path)
         except CheckpointError as error:
-            if i == len(paths) - 1:
+            if isinstance(error, NewerFormatError):  # sound: no older one may take its place
                 raise
-            print(f"warning: {error}; taking {paths[i + 1].name}", file=sys.stderr)
+            damaged.append((path, error))
+            continue
+        for worse, error in damaged:
+            warn(f"{error}; taking {path.name}")
+            with contextlib.suppress(OSError):
+                if set_aside:
+                    worse.rename(worse.with_name(f"{worse.name}.damaged"))
+        return path, state
+    if damaged:
+        raise damaged[-1][1]
     return None
 
 
@@ -196,10 +213,15 @@ def find_checkpoint(path: str | Path | None) -> Path:
     return checkpoints[0]
 
 
-def prune_checkpoints(folder: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints."""
-    for path in list_checkpoints(folder)[keep:]:
-        path.unlink(missing_ok=True)
+def prune_checkpoints(newest: Path, keep: int) -> None:
+    """Remove all but `keep` checkpoints: `newest`, the one just saved, and those before it. Files
+    of later steps are not of this run."""
+    paths = list_checkpoints(newest.parent.parent)
+    for path in paths[paths.index(newest) :][keep:]:
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            warn(f"{path} cannot be removed ({error.strerror}); the training goes on")
 
 
 def plain_keys(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -293,7 +315,7 @@ def open_run(folder: Path, resume: bool) -> tuple[Path, dict] | None:
     Raises UsageError where a new run would fall into the folder of another, CheckpointError where
     no checkpoint is good."""
     if resume:
-        found = load_newest_checkpoint(folder)
+        found = load_newest_checkpoint(folder, set_aside=True)
         if found is None:
             say(f"nothing to resume in {folder}: starting at step 0")
         return found

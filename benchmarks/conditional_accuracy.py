@@ -20,9 +20,9 @@ import cli
 from benchmarks.synthetic_features import classifier
 from device import keep_freed_memory
 from generate import Trained, generate, load_trained
-from log import say, table
 from settings import check_ranges, constant
 from synthetic import ATTRIBUTES
+from terminal import say, table
 
 
 @dataclass(frozen=True)

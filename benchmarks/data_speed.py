@@ -46,10 +46,10 @@ from benchmarks.common import (
 from benchmarks.peers import Ours
 from dataset import Batches, Faces, load_faces
 from decoding import face_box
-from log import table
 from prepared import PREPARED
 from settings import check_ranges, constant
 from sources import Files, find_source, open_files
+from terminal import table
 from train import DEMO, Config
 
 WORKERS = (0, 2)  # processes of the DataLoader

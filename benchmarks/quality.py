@@ -38,9 +38,9 @@ from errors import UsageError
 from evaluate import EvaluateConfig
 from files import save_json
 from generate import Generated, batch_files, keep_generated, load_trained, read_generated
-from log import say
 from metrics import find_features
 from settings import check_ranges, constant
+from terminal import say
 from train import Config
 from utils import load_checkpoint, save_checkpoint
 

@@ -45,8 +45,8 @@ from device import autocast_dtype, keep_freed_memory
 from diffusion import Diffusion
 from errors import UsageError
 from generate import generate, load_trained
-from log import table
 from settings import check_ranges, constant
+from terminal import table
 from train import Config
 from unet import UNet
 from utils import diffusion_arguments, save_checkpoint, unet_arguments

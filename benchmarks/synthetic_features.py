@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import synthetic
 from images import to_x_0
-from log import say
 from prepared import PREPARED
+from terminal import say
 from utils import load_checkpoint, save_checkpoint
 
 IMG_SIZE = 32  # pixels of a side

@@ -37,8 +37,8 @@ from benchmarks.peers import (
     make_config,
 )
 from errors import UsageError
-from log import table
 from settings import check_ranges, constant
+from terminal import table
 from train import Config
 
 ROWS = {

@@ -18,7 +18,7 @@ from benchmarks.peers import diffusers_network, forward_flops, make_config
 from dataset import Batches, load_faces
 from device import autocast_dtype
 from errors import UsageError
-from log import table
+from terminal import table
 from train import Config, train
 from utils import load_checkpoint
 

@@ -30,7 +30,7 @@ from dataset import Batches, load_faces
 from diffusion import Diffusion
 from ema import EMA
 from errors import DivergedError, Interrupted, UsageError
-from files import lock_folder
+from files import FolderLock
 from safety import Watch
 from train import Config, check_config, train
 from utils import checkpoint_path, list_checkpoints, load_checkpoint
@@ -236,8 +236,8 @@ def test_each_part_of_the_state_is_needed(here, monkeypatch, part):
     forgotten = run_module.make_state(tiny(), torch.device("cpu"), fp16=False).state_dict()
     real = utils.load_newest_checkpoint
 
-    def forgetful(folder):
-        path, saved = real(folder)
+    def forgetful(folder, **options):
+        path, saved = real(folder, **options)
         saved[part] = forgotten[part]
         return path, saved
 
@@ -355,7 +355,7 @@ PLACES = {
     "a step": (Diffusion, "loss", 2),
     "a save": (utils, "check_signature", 2),  # the first is the trial before step 1
     "a save's renaming": (os, "replace", 3),
-    "the sampling": (Diffusion, "_evaluate", 4),
+    "the sampling": (Diffusion, "x_0_and_eps", 4),
     "the log": (log_module.RunLog, "scalars", 1),
 }
 
@@ -459,7 +459,7 @@ def test_two_runs_in_one_folder_are_refused_and_a_crash_leaves_no_lock(here):
     assert_error(result, 2, "--experiment_name", f"pid {process.pid}")
     process.kill()
     process.communicate()
-    with lock_folder(here / "run"):  # a crash leaves no lock behind
+    with FolderLock(here / "run"):  # a crash leaves no lock behind
         pass
 
 
@@ -469,11 +469,11 @@ def test_two_runs_in_one_folder_are_refused_and_a_crash_leaves_no_lock(here):
 def test_a_save_during_sampling_holds_raw_and_averaged_weights(here, monkeypatch):
     train(tiny(experiment_name="whole"))
     taken = {}
-    real = Diffusion._evaluate
+    real = Diffusion.sample_loop
 
-    def saving(self, model, *arguments):
+    def saving(self, model, *arguments, **options):
         taken["sampled"] = model
-        return real(self, model, *arguments)
+        return real(self, model, *arguments, **options)
 
     real_step = train_module.train_step
 
@@ -483,7 +483,7 @@ def test_a_save_during_sampling_holds_raw_and_averaged_weights(here, monkeypatch
             taken["copy"], taken["ema"] = copy, dict(state.ema.model.state_dict())
         return real_step(config, state, *arguments)
 
-    monkeypatch.setattr(Diffusion, "_evaluate", saving)
+    monkeypatch.setattr(Diffusion, "sample_loop", saving)
     monkeypatch.setattr(train_module, "train_step", step)
     train(tiny(sample_every=1))
     assert not tensors_equal(taken["copy"], taken["ema"])
@@ -493,7 +493,7 @@ def test_a_save_during_sampling_holds_raw_and_averaged_weights(here, monkeypatch
 def test_out_of_memory_suggests_a_smaller_batch(here):
     script = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import train, cli, torch, diffusion\n"
     script += "def loss(*a): raise torch.OutOfMemoryError('CUDA out of memory.')\n"
-    script += "diffusion.Diffusion.loss = loss\ncli.run(train.main)"
+    script += "diffusion.Diffusion.loss = loss\ncli.run(train.main, train.MEMORY)"
     Path("full.py").write_text(script)
     result = run_script(str(here / "full.py"), *flags(TINY))
     assert_error(result, 5, "--batch_size", "--gradient_accumulation_steps")
@@ -514,7 +514,7 @@ def test_tensorboard_shows_no_step_twice_after_a_kill(here):
     code = "import sys; sys.path.insert(0, {!r}); import train, os, log\n".format(str(ROOT))
     code += "real = log.RunLog.scalars\n"
     code += "def scalars(self, step, values):\n    real(self, step, values)\n"
-    code += "    if step == 5: self.writer.flush(); os._exit(137)\n"
+    code += "    if step == 5: os._exit(137)\n"
     code += "log.RunLog.scalars = scalars\ntrain.main()"
     Path("dies.py").write_text(code)
     settings = {**TINY, "log_every": 1, "save_every": 3, "num_training_steps": 8}
