@@ -26,8 +26,8 @@ import threads
 from benchmarks.common import Worker, machine, measure, ratio
 from benchmarks.peers import Ours
 from errors import UsageError
-from log import table
 from settings import check_ranges, constant
+from terminal import table
 from train import DEMO, Config
 
 SPIN = "GOMP_SPINCOUNT="
