@@ -52,26 +52,33 @@ class Table:
             text = read().decode("utf-8-sig")
         except Exception as error:  # of the file system, of a damaged archive, of no text at all
             raise DataError(where, f"cannot be read ({error})", "get this list again") from error
-        lines = [line for line in map(str.strip, text.replace(",", " ").splitlines()) if line]
-        if "," in text.partition("\n")[0]:  # image_id,5_o_Clock_Shadow,...
-            self.columns, lines = lines[0].split()[1:], lines[1:]
+        lines = [line for line in map(str.strip, text.splitlines()) if line]
+        comma = "," if lines and "," in lines[0] else None  # Kaggle's; else white space
+        if comma:  # image_id,5_o_Clock_Shadow,...
+            self.columns, lines = lines[0].split(comma)[1:], lines[1:]
         elif len(lines) > 1 and lines[0].isdigit():  # the count, the names, the rows
             self.columns, lines = lines[1].split(), lines[2:]
         else:  # list_eval_partition.txt has no head
             self.columns = ["partition"]
         if not lines:
             raise DataError(where, "is empty", "get this list again")
-        self.where = where
-        self.row = {stem(line.partition(" ")[0]): row for row, line in enumerate(lines)}
-        self._numbers = " ".join([line.partition(" ")[2] for line in lines])
+        self.where, rows = where, [line.split(comma, 1) for line in lines]
+        self.row = {stem(row[0]): i for i, row in enumerate(rows)}
+        self._numbers = [row[-1].replace(",", " ") for row in rows]
 
     def values(
         self, stems: Sequence[str], columns: Sequence[str], allowed: Sequence[int]
     ) -> np.ndarray:
         """Return (len(stems), len(columns)) int8. Raises DataError on missing or damaged rows, and
         on other values than the `allowed` ones."""
+        if len(set(stems)) < len(stems):
+            twice = next(name for name in stems if stems.count(name) > 1)
+            fix = "give each a name of its own"
+            raise DataError(self.where, f"has one row for several images named {twice}", fix)
         try:
-            table = np.fromstring(self._numbers, np.int8, sep=" ")
+            if any(len(row.split()) != len(self.columns) for row in self._numbers):
+                raise ValueError
+            table = np.fromstring(" ".join(self._numbers), np.int64, sep=" ")
             table = table.reshape(len(self.row), len(self.columns))
             rows = [self.row[name] for name in stems]
         except ValueError:
@@ -82,7 +89,7 @@ class Table:
         values = table[rows][:, [self.columns.index(name) for name in columns]]
         if not np.isin(values, allowed).all():
             raise DataError(self.where, f"holds other values than {allowed}", "get this list again")
-        return values
+        return values.astype(np.int8)
 
 
 def is_list(name: str) -> bool:
@@ -92,7 +99,7 @@ def is_list(name: str) -> bool:
 
 def stem(name: str) -> str:
     """000001 of img_align_celeba/000001.jpg, as the lists know it: it also comes as .png."""
-    return name.rpartition("/")[2].partition(".")[0]
+    return os.path.splitext(name.rpartition("/")[2])[0]
 
 
 def find_lists(

@@ -129,7 +129,7 @@ def _check_names(source: Source, only: Iterable[str], attributes: Sequence[str])
 def _key(source: Source, img_size: int) -> str:
     """The name of the prepared array of a source: for readers some of the source's, then a digest
     of all that the pixels depend on."""
-    name = re.sub(r"[^\w.-]", "_", Path(source.where).absolute().stem)[:40]
+    name = re.sub(r"[^\w.-]", "_", Path(source.where).absolute().stem)[:24]
     digest = hashlib.sha256(f"{PREPARATION} {source.listing}".encode()).hexdigest()[:16]
     return f"{name}_{img_size}_{digest}"
 

@@ -64,6 +64,8 @@ def decode_face(data: bytes, img_size: int, aligned: bool = False) -> np.ndarray
     pixels = _plain_jpeg(data)
     if pixels is None:
         with Image.open(io.BytesIO(data)) as image:
+            if image.format == "EPS":
+                raise ValueError("EPS, which Pillow would have another program decode")
             return crop_face(image, img_size, aligned)
     left, top, right, bottom = face_box(pixels.shape[1], pixels.shape[0], aligned)
     face = pixels[top:bottom, left:right]

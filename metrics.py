@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from errors import ResourceError, UsageError
 from images import to_x_0
+from log import say
 from prepared import PREPARED, load_array, save_array
 
 BATCH = 128  # images at a time, for the network
@@ -81,12 +82,15 @@ class Features:
         text = " ".join(f"{value:.3g}" for value in probe.flatten())  # rounded: threads differ
         parts = (key, self.size, len(indices), text)
         digest = hashlib.sha256(repr(parts).encode() + indices.tobytes()).hexdigest()[:16]
-        name = f"{key}_features_{digest}"
+        name = f"{digest}_features_{key}"
         shape = (len(indices), probe.shape[1])
         kept = load_array(PREPARED / f"{name}.npy", shape, np.float32)
         if kept is None:
             kept = self.of(images, indices)
-            save_array(name, shape, np.float32, [kept])
+            try:
+                save_array(name, shape, np.float32, [kept])
+            except ResourceError as error:  # on a disk that is read-only they are for this time
+                say(f"note: the features are not kept: {error}")
         return np.asarray(kept)
 
 

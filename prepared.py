@@ -59,10 +59,12 @@ def _show(images: Iterable[np.ndarray], count: int, path: Path) -> Iterator[np.n
 
 def load_array(path: Path, shape: tuple[int, ...], dtype: type = np.uint8) -> np.ndarray | None:
     """Map the array of a file, or return None where that is not just what was once written."""
+    if not path.is_file():  # a pipe in its place would be waited for
+        return None
     try:
         array = np.load(path, mmap_mode="r")
         written, size = read_checksum(path), path.stat().st_size
-    except Exception:  # not there; or its header is damaged, where numpy raises nearly anything
+    except Exception:  # on a damaged header numpy raises nearly anything
         return None
     good = (
         isinstance(array, np.memmap)
@@ -123,9 +125,9 @@ def save_array(
 
     try:
         PREPARED.mkdir(parents=True, exist_ok=True)
-        with _lock(name):
-            for leftover in PREPARED.glob(f".{path.name}.*.tmp"):  # of a process that was killed
-                leftover.unlink(missing_ok=True)
+        with _lock(name) as locked:
+            for leftover in PREPARED.glob(f".{path.name[:50]}.*.tmp") if locked else ():
+                leftover.unlink(missing_ok=True)  # of a process that was killed
             if load_array(path, shape, dtype) is None:
                 write_atomically(path, write, needed=size)
     except OSError as error:
@@ -133,8 +135,8 @@ def save_array(
 
 
 @contextlib.contextmanager
-def _lock(name: str) -> Iterator[None]:
-    """One process at a time. Where the disk knows no locks, as many as there are."""
+def _lock(name: str) -> Iterator[bool]:
+    """One process at a time; where the disk knows no locks, as many as there are. Yields which."""
     path = PREPARED / f".{name}.lock"
     lock = filelock.FileLock(path)
     try:
@@ -151,7 +153,7 @@ def _lock(name: str) -> Iterator[None]:
         if error.errno not in NO_LOCKS:
             raise
     try:
-        yield
+        yield lock.is_locked
     finally:
         with contextlib.suppress(OSError):  # some systems keep what is open
             path.unlink()

@@ -21,7 +21,7 @@ import numpy as np
 import celeba
 import synthetic
 from decoding import decode_all
-from errors import DataError
+from errors import DataError, UsageError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 HIDDEN = re.compile(r"(^|/)(\.[^./]|__MACOSX/)")  # .git/, ._001.jpg; but not ../
@@ -71,13 +71,15 @@ def find_source(path_to_data: str | Path) -> Source:
 
     Raises DataError, and ResourceError where there is no room for the download."""
     path = Path(path_to_data)
+    if path_to_data == "":  # for Path this is the current folder
+        raise UsageError("--path_to_data", "is empty", "give a path, or . for the current folder")
     if path_to_data in SOURCES:
         other = f" (built in; the one in this folder is ./{path})" if os.path.exists(path) else ""
         return replace(SOURCES[path_to_data](), remark=other)
     if path.absolute() == celeba.FOLDER.absolute() and _is_empty(path):
         path = celeba.download(path, lambda found: image_files(open_files(found)))
     if not os.path.lexists(path):
-        fix = f"check the path, or give {celeba.FOLDER} for CelebA, downloaded"
+        fix = f"check the path and its permissions, or give {celeba.FOLDER} for CelebA, downloaded"
         raise DataError(path, "is not there", f"{fix}; built in: {', '.join(SOURCES)}")
     return image_files(open_files(path))
 
@@ -169,7 +171,7 @@ def _open_folder(root: Path) -> Files:
     remark = f", without what runs have left in {', '.join(sorted(runs))}" if runs else ""
 
     def read(name: str) -> bytes:
-        _check_size((root / name).stat().st_size)
+        _check_size(_size_and_time(root / name)[0])
         return (root / name).read_bytes()
 
     return Files(root, [name for name, _, _ in found], read, listing, remark)
@@ -187,7 +189,7 @@ def _open_archive(path: Path) -> Files:
     try:
         archive, status = zipfile.ZipFile(path), path.stat()
     except Exception as error:  # on damaged archives zipfile raises nearly anything
-        fix = "get it again; often it is a web page, saved under the name of the archive"
+        fix = "give a folder or a zip; or get it again: often it is a web page under its name"
         raise DataError(path, f"cannot be read as a zip archive ({error})", fix) from error
     # Not its members' dates and sizes: this is enough to know an archive by, and quick.
     listing = repr((path.name, status.st_size, status.st_mtime_ns))

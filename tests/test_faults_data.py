@@ -558,6 +558,59 @@ def test_an_image_that_unpacks_to_gigabytes_is_refused_unread(monkeypatch):
     assert "mine/1.bmp: " in refused("mine")
 
 
+def test_an_image_that_pillow_would_run_a_program_for_is_refused():
+    make_folder(Path("mine"), 2)
+    Path("mine/1.jpg").write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"
+    )
+    assert "mine/1.jpg: cannot be used as an image (ValueError: EPS" in refused("mine")
+
+
+# ---- Lists that are read wrongly ----
+
+
+def change_list(tmp_path, change):
+    """A made CelebA whose list of attributes is changed."""
+    root = make_celeba(tmp_path / "data", "folder")
+    path = root / "list_attr_celeba.txt"
+    path.write_text("\n".join(change(path.read_text().splitlines())))
+    return root
+
+
+@pytest.mark.parametrize("value", ["257", "255", "65537", "4294967297", "1.0", "nan"])
+def test_a_value_that_would_wrap_around_to_1_is_refused(value, tmp_path):
+    root = change_list(tmp_path, lambda lines: [*lines[:4], lines[4].replace(" 1", f" {value}")])
+    for path in sorted(root.rglob("*.jpg"))[3:]:
+        path.unlink()
+    assert "list_attr_celeba.txt: " in refused(root, attributes=["Male", "Eyeglasses", "Smiling"])
+
+
+def test_a_row_too_short_before_one_too_long_is_damage_not_a_shift(tmp_path):
+    def shift(lines):
+        return [*lines[:4], lines[4].rsplit(None, 1)[0], lines[5] + "  1", *lines[6:]]
+
+    text = refused(change_list(tmp_path, shift), attributes=["Male"])
+    assert "list_attr_celeba.txt: is damaged" in text
+
+
+def test_two_images_of_one_name_are_not_given_one_row():
+    make_folder(Path("mine/a"), 2)
+    make_folder(Path("mine/b"), 2)
+    Path("mine/list_attr_celeba.txt").write_text("2\nMale\n000.jpg 1\n001.jpg -1\n")
+    assert "several images named 000" in refused("mine", attributes=["Male"])
+
+
+@pytest.mark.parametrize("names", [("a.0", "a.1"), ("a 0", "a 1"), ("\u00e9", "e")])
+def test_names_with_dots_spaces_and_accents_have_their_rows(names):
+    Path("mine").mkdir()
+    for number, name in enumerate(names):
+        Path(f"mine/{name}.jpg").write_bytes(jpeg(number))
+    rows = f"{names[0]}.jpg,1\n{names[1]}.jpg,-1\n"
+    Path("mine/list_attr_celeba.csv").write_text("image_id,Male\n" + rows, encoding="utf-8")
+    found = load_faces("mine", 8, attributes=["Male"]).attributes.ravel().tolist()
+    assert found == [1, -1] if names[0] < names[1] else [-1, 1]
+
+
 # ---- What is no file ----
 
 
@@ -591,6 +644,33 @@ def test_a_pipe_or_a_device_in_the_place_of_the_data_is_named():
 @pytest.mark.parametrize("name", ["n" * 300, "a/" * 3000])
 def test_a_path_that_cannot_be_is_not_there(name):
     assert "is not there" in refused(name)
+
+
+def test_a_pipe_in_the_place_of_an_image_after_the_listing_is_named():
+    source = sources.find_source(make_folder(Path("mine"), 3))
+    Path("mine/1.jpg").write_bytes(b"")
+    Path("mine/001.jpg").unlink()
+    os.mkfifo("mine/001.jpg")
+    with pytest.raises(DataError, match="mine/001.jpg: is no file"):
+        within_seconds(lambda: list(source.images(8)))
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("nowhere")])
+def test_something_else_in_the_place_of_the_array_ends_in_a_line_or_is_replaced(make):
+    faces = load_faces(make_folder(Path("mine"), 3), 8)
+    path, expected = Path(f"prepared/{faces.key}.npy"), np.array(faces.images)
+    path.unlink()
+    make(path)
+    if make is os.mkdir:
+        assert "Is a directory" in refused_to_prepare("mine", 8)
+    else:
+        images = within_seconds(lambda: load_faces("mine", 8).images)
+        np.testing.assert_array_equal(images, expected)
+
+
+def test_an_empty_path_is_not_the_current_folder():
+    make_folder(Path("mine"), 3)
+    assert refused("", UsageError).startswith("--path_to_data: is empty")
 
 
 # ---- A good image is not called damaged ----
