@@ -560,9 +560,8 @@ def test_an_image_that_unpacks_to_gigabytes_is_refused_unread(monkeypatch):
 
 def test_an_image_that_pillow_would_run_a_program_for_is_refused():
     make_folder(Path("mine"), 2)
-    Path("mine/1.jpg").write_bytes(
-        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"
-    )
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"
+    Path("mine/1.jpg").write_bytes(eps)
     assert "mine/1.jpg: cannot be used as an image (ValueError: EPS" in refused("mine")
 
 

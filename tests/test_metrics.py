@@ -226,6 +226,16 @@ def test_features_of_the_reference_are_kept_and_never_mixed_up(tmp_path, monkeyp
     assert len(list((tmp_path / "prepared").iterdir())) == 6
 
 
+def test_features_that_cannot_be_kept_are_made_all_the_same(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prepared").write_text("in the way of the folder")
+    images = np.random.default_rng(0).integers(0, 256, (9, 4, 4, 3), dtype=np.uint8)
+    features = Features("mean", lambda batch: batch.float().mean((2, 3)))
+    vectors = features.cached(images, np.arange(9), "made_4")
+    np.testing.assert_array_equal(vectors, features.of(images))
+    assert "the features are not kept" in capfd.readouterr().out
+
+
 @pytest.fixture
 def module(tmp_path, monkeypatch, fresh_imports):
     """A user's module in the current folder."""
