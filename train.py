@@ -61,7 +61,7 @@ class Config:
 
     # The run
     experiment_name: str = free("my_first_diffusion")  # folder of all that the run leaves
-    path_to_data: str = free("data")  # a folder or zip of images, or a built-in source; CelebA comes to "data"
+    path_to_data: str = free("data")  # folder or zip of images, or a built-in source; data: CelebA
     resume: bool = free(False)  # go on from the newest good checkpoint, or start if there is none
     init_from: str = free("")  # weights to start from: a run, a checkpoint, a folder of diffusers'
     seed: int = fixed(0, least=0)  # of everything random: weights, data order, noise, dropout
