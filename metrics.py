@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 from errors import ResourceError, UsageError
 from images import to_x_0
-from log import say
 from prepared import PREPARED, load_array, save_array
+from terminal import warn
 
 BATCH = 128  # images at a time, for the network
 QUERIES = 256  # images at a time, to look for their nearest
@@ -90,7 +90,7 @@ class Features:
             try:
                 save_array(name, shape, np.float32, [kept])
             except ResourceError as error:  # on a disk that is read-only they are for this time
-                say(f"note: the features are not kept: {error}")
+                warn(f"the features are not kept: {error}")
         return np.asarray(kept)
 
 

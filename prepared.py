@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from errors import DataError
 from files import disk_error, free_bytes, write_atomically
-from terminal import say
+from terminal import say, warn
 
 PREPARED = Path("prepared")  # in the current folder; may be deleted
 TRAILER = b"\ncrc32 %08x\n"  # what stands behind the data
@@ -39,7 +39,7 @@ def prepare(
     array = load_array(path, shape)
     if array is None:
         if path.exists():
-            say(f"note: {path} is damaged, or of an older version; it is made anew")
+            warn(f"{path} is damaged, or of an older version; it is made anew")
         save_array(key, shape, np.uint8, _show(images, shape[0], path))
         array = load_array(path, shape)
         assert array is not None, f"{path} is not of the shape {shape}"

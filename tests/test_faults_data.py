@@ -396,7 +396,7 @@ def test_a_damaged_array_is_noticed_and_made_again(damage, capfd):
     second = load_faces("mine", 8)
     np.testing.assert_array_equal(second.images, expected)
     assert second.fingerprint == first.fingerprint
-    assert f"note: {path} is damaged" in capfd.readouterr().out
+    assert f"{path} is damaged" in capfd.readouterr().err
 
 
 def test_every_flipped_byte_of_a_header_is_noticed():

@@ -233,7 +233,7 @@ def test_features_that_cannot_be_kept_are_made_all_the_same(tmp_path, monkeypatc
     features = Features("mean", lambda batch: batch.float().mean((2, 3)))
     vectors = features.cached(images, np.arange(9), "made_4")
     np.testing.assert_array_equal(vectors, features.of(images))
-    assert "the features are not kept" in capfd.readouterr().out
+    assert "the features are not kept" in capfd.readouterr().err
 
 
 @pytest.fixture
