@@ -64,7 +64,7 @@ NUM_SHOWN = 8  # faces in nearest.png and in each row of samplers.png
 class EvaluateConfig:
     """What to measure, and how."""
 
-    checkpoint: str = ""  # a run's folder (its newest), a file in it; empty: the newest run here
+    checkpoint: str = ""  # a run, a file in it, a folder of diffusers'; empty: the newest run here
     path_to_data: str = "data"  # the faces it was trained on, as for train.py
     num_images: int = constant(1000, least=2)  # images of each sampler, and real ones beside them
     num_reference: int = constant(0, least=0)  # training faces to compare with; 0: all others

@@ -38,7 +38,7 @@ def open_weights(given: str | Path | None) -> tuple[Path, dict]:
 def start_from(state: State, path: Path, saved: dict, config) -> None:
     """Put the averaged weights that lie in a file into a new run's network and its average.
 
-    saved: what `read_weights` returns; config: of the new run. Where its attributes are others, the
+    saved: what `open_weights` returns; config: of the new run. Where its attributes are others, the
     map of the attributes starts anew. Raises UsageError, with the flags that would fit, where the
     network is another one."""
     try:

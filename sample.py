@@ -47,7 +47,7 @@ GIF_FRAMES = 40  # at most, in the way from noise to faces
 class SampleConfig:
     """What to generate, and how."""
 
-    checkpoint: str = ""  # a run's folder (its newest), a file in it; empty: the newest run here
+    checkpoint: str = ""  # a run, a file in it, a folder of diffusers'; empty: the newest run here
     num_images: int = constant(64, least=1)  # images to generate
     sampler: Literal[*SAMPLERS] = "dpm++"  # the default needs the fewest steps
     steps: int = constant(20, least=1)  # evaluations of the network for each image

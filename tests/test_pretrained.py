@@ -232,13 +232,13 @@ def test_network_of_another_shape_is_refused_with_the_flags_that_fit(there):
 def test_network_of_another_family_is_started_from_and_resumed(there):
     """Its padding, its eps and its frequencies are no constants of a run: its checkpoints keep
     them."""
-    shape = dict(sample_size=8, block_out_channels=(32, 32), layers_per_block=1)
+    shape = dict(sample_size=8, block_out_channels=(64, 64), layers_per_block=1)
     shape |= dict(down_block_types=("DownBlock2D", "AttnDownBlock2D"), norm_eps=1e-3)
     shape |= dict(up_block_types=("AttnUpBlock2D", "UpBlock2D"), downsample_padding=0)
-    theirs = UNet2DModel(**shape, norm_num_groups=8)
+    theirs = UNet2DModel(**shape)
     scheduler = DDPMScheduler(50, beta_start=0.1 / 50, beta_end=20 / 50)
     DDPMPipeline(theirs, scheduler).save_pretrained("theirs")
-    options = dict(channels=32, channel_mults=(1, 1), head_dim=8)
+    options = dict(channels=64, channel_mults=(1, 1), head_dim=8)
     options |= dict(experiment_name="new", noise_schedule="linear", init_from="theirs")
     train(tiny(**options, num_training_steps=1, learning_rate=1e-12))
     shutil.rmtree("theirs")
