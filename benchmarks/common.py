@@ -35,6 +35,22 @@ def machine(device: torch.device) -> str:
     return f"machine: {name}, {threads}, {versions}, load before {psutil.getloadavg()[0]:.1f}"
 
 
+def read_tables(text: str) -> list[dict[str, dict[str, str]]]:
+    """The markdown tables in a text: row name -> column -> cell."""
+    tables, columns = [], None
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if not line.startswith("|"):
+            columns = None
+        elif columns is None:
+            columns = cells
+            tables.append({})
+        elif set(line) - set("|-: "):
+            row = dict(zip(columns, cells, strict=True))
+            tables[-1][" ".join(cells[: 2 if columns[1] == "steps" else 1])] = row
+    return tables
+
+
 def measure(calls: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
     """Make every call once a round, and return what each of them answered in each round.
 

@@ -109,7 +109,7 @@ def kept_compiled(**arguments) -> tuple[float, float]:
         partition_fn=min_cut_rematerialization_partition,
     )
     network = UNet(**arguments)
-    network.compile(backend=backend, fullgraph=True)
+    network.compile(backend=backend, fullgraph=True, dynamic=False)
     x_t = torch.zeros(BATCH, 3, network.img_size, network.img_size)
     x_t = x_t.to(memory_format=torch.channels_last)
     with patch.object(F, "group_norm", group_norm), half_precision("cpu"), suppress(Exception):

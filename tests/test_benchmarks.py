@@ -13,7 +13,7 @@ from PIL import Image
 from torch import nn
 
 from benchmarks import data_speed, quality, sample_speed, train_speed
-from benchmarks.common import Worker, measure, ratio
+from benchmarks.common import Worker, measure, ratio, read_tables
 from benchmarks.peers import diffusers_network, forward_flops, make_config
 from dataset import Batches, load_faces
 from device import autocast_dtype
@@ -25,22 +25,6 @@ from utils import load_checkpoint
 SMALLEST = ["--img_size", "8", "--channels", "64", "--channel_mults", "1", "1", "--rounds", "1"]
 SMALL = make_config(img_size=8, channels=64, channel_mults=(1, 1))
 CPU = ["--device", "cpu"]
-
-
-def read_tables(text: str) -> list[dict[str, dict[str, str]]]:
-    """The markdown tables in a text: row name -> column -> cell."""
-    tables, columns = [], None
-    for line in text.splitlines():
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if not line.startswith("|"):
-            columns = None
-        elif columns is None:
-            columns = cells
-            tables.append({})
-        elif set(line) - set("|-: "):
-            row = dict(zip(columns, cells, strict=True))
-            tables[-1][" ".join(cells[: 2 if columns[1] == "steps" else 1])] = row
-    return tables
 
 
 def run(script: str, *arguments: str) -> str:

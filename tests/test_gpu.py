@@ -1,0 +1,125 @@
+"""benchmarks/gpu.py, the one command for a machine with a GPU: nothing is to be mended there."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import run_script
+
+import cli
+from benchmarks import gpu, gpu_parts, sample_speed, train_speed
+from benchmarks.gpu_parts import PARTS, GpuConfig
+from errors import UsageError
+
+TOY = GpuConfig(toy=True, device="cpu", out="out")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty current folder with a few images."""
+    monkeypatch.chdir(tmp_path)
+    gpu_parts.draw_pictures()
+    return tmp_path
+
+
+def test_curves_of_all_precisions_stand_beside_each_other(folder):
+    found = gpu_parts.curves(TOY)
+    (rows,) = found["tables"]
+    assert [row["step"] for row in rows] == [2, 4] and len(rows[0]) == 5
+    assert all(float(row["no"]) == float(row["no compiled"]) > 0 for row in rows)
+    json.dumps(found)
+
+
+def test_resumed_runs_are_compared_weight_by_weight(folder):
+    (rows,) = gpu_parts.resume(TOY)["tables"]
+    assert [row["largest difference of weights"] for row in rows] == ["0"]
+    one = {"a": torch.zeros(2), "b": torch.ones(1)}
+    assert gpu_parts.largest_difference(one, {**one, "b": torch.ones(1) * 3}) == 2
+
+
+def test_images_are_compared_with_those_of_the_cpu(folder):
+    (rows,) = gpu_parts.sampling(TOY)["tables"]
+    assert len(rows) == 6
+    assert {row["most"] for row in rows if row["precision"] == "float32"} == {"0.00"}
+
+
+def test_kernels_are_listed_with_their_share(folder):
+    (rows,) = gpu_parts.kernels(TOY)["tables"]
+    shares = [float(row["share"].rstrip("%")) for row in rows]
+    assert len(rows) == 3 and shares == sorted(shares, reverse=True) and shares[0] > 5
+
+
+@pytest.mark.parametrize("toy", [True, False])
+def test_the_commands_of_the_benchmarks_are_understood(monkeypatch, toy):
+    commands = []
+    monkeypatch.setattr(gpu_parts, "measured", lambda *command: commands.append(command))
+    config = GpuConfig(toy=toy, device="cpu")
+    for part in ("speed", "speed_advised", "sample_speed"):
+        PARTS[part].find_out(config)
+    for script, *flags in commands:
+        if "train_speed" in script:
+            asked = cli.parse(train_speed.TrainSpeedConfig, flags, "")
+            assert set(asked.rows) <= set(train_speed.ROWS)
+            train_speed.config_of(asked)
+        else:
+            sample_speed.config_of(cli.parse(sample_speed.SampleSpeedConfig, flags, ""))
+    assert [Path(command[0]).name for command in commands].count("train_speed.py") == 2
+
+
+def test_parts_that_are_left_go_on_and_faults_are_kept(folder, monkeypatch):
+    clock, done = [0.0], []
+
+    def run_part(config, name, seconds):
+        done.append(name)
+        clock[0] += 45
+        failed = "exit code 1, see b.txt" if name == "b" else ""
+        rows = [] if failed else [[{"step": 1, "loss": "0.5"}]]
+        return {"tables": rows, "facts": {"good": "yes"}, "failed": failed, "seconds": 45.0}
+
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(gpu, "run_part", run_part)
+    some = dict(zip("abcd", PARTS.values(), strict=False))
+    times = {"a": 60, "b": 60, "c": 60, "d": 999}  # the last takes longer than there is at a time
+    monkeypatch.setattr(gpu, "PARTS", {k: p._replace(seconds=times[k]) for k, p in some.items()})
+    config = GpuConfig(out="out", device="cpu", minutes=2.0)
+    assert [gpu.run_parts(config), list(done)] == [False, ["a", "b"]]
+    assert [gpu.run_parts(config), list(done)] == [False, ["a", "b", "c"]]
+    assert [gpu.run_parts(config), list(done)] == [True, ["a", "b", "c", "d"]]
+    assert gpu.run_parts(config) and len(done) == 4
+    page = (folder / "out" / "gpu.md").read_text()
+    assert "FAILED: exit code 1" in page and "- good: yes" in page and "|  0.5 |" in page
+    assert json.loads((folder / "out" / "gpu.json").read_text())["parts"]["b"]["failed"]
+
+
+def test_a_part_that_hangs_is_ended(folder):
+    Path("out").mkdir()
+    found = gpu.run_part(TOY, "curves", seconds=0.3)
+    assert found["failed"] == "not done after 0 s" and found["seconds"] < 5
+
+
+def test_missing_packages_come_from_the_folder_of_wheels(monkeypatch):
+    commands = []
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: name != "tyro" or None)
+    monkeypatch.setattr(gpu.subprocess, "run", lambda command, **options: commands.append(command))
+    gpu.install_missing(Path("wheels"))
+    assert [command[-1] for command in commands] == gpu.PACKAGES["tyro"]
+    assert all("--no-index" in command and "wheels" in command for command in commands)
+
+
+def test_a_part_that_there_is_not_is_named(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["gpu.py", "--parts", "hers"])
+    with pytest.raises(UsageError, match="--parts: 'hers' is none"):
+        gpu.main()
+
+
+@pytest.mark.slow
+def test_the_whole_command_runs_at_toy_size(folder):
+    result = run_script(
+        "benchmarks/gpu.py", "--toy", "--device", "cpu", "--out", "out", timeout=900
+    )
+    assert "all parts are done" in result.stdout, result.stdout + result.stderr
+    parts = json.loads(Path("out/gpu.json").read_text())["parts"]
+    assert list(parts) == list(PARTS) and not [part for part in parts.values() if part["failed"]]
+    codes = [parts[name]["facts"]["exit codes after SIGTERM"] for name in ("ranks", "full_size")]
+    assert codes == ["[143, 143]", "[143]"]
