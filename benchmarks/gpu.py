@@ -49,8 +49,8 @@ from benchmarks.common import find_device, machine
 from benchmarks.gpu_parts import PARTS, GpuConfig, draw_pictures
 from errors import UsageError
 from files import save_json
-from log import say, table
 from settings import check_ranges
+from terminal import say, table
 
 
 def run_part(config: GpuConfig, name: str, seconds: float) -> dict:

@@ -19,8 +19,8 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.common import find_device, read_tables
 from benchmarks.peers import Ours, make_config
 from generate import generate, load_trained
-from log import say
 from settings import constant
+from terminal import say
 from train import DEMO, Config, train
 from utils import checkpoint_path, list_checkpoints, load_checkpoint, tensors_in
 

@@ -29,8 +29,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import cli
-from log import table
 from settings import check_ranges, constant
+from terminal import table
 from unet import UNet
 
 BATCH = 7  # a prime that divides no width: tells what grows with the batch from what does not
