@@ -157,7 +157,7 @@ def test_every_argument_changes_the_network(changes):
 
 @pytest.mark.parametrize(
     "changes, setting",
-    [({"channels": 48, "channel_mults": (1, 2)}, "channels"), ({"head_dim": 96}, "head_dim")],
+    [({"channels": 48, "channel_mults": (1, 2)}, "norm_groups"), ({"head_dim": 96}, "head_dim")],
 )
 def test_network_that_diffusers_cannot_express_is_refused_by_its_setting(changes, setting):
     with pytest.raises(ValueError, match=f"^{setting}: "):
