@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 import shutil
+import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -74,6 +75,24 @@ def disk_error(path: Path, error: OSError, needed: int = 0) -> ResourceError:
     size = f" ({needed:,} bytes needed)" if needed else ""
     reason = error.strerror or str(error)
     return ResourceError(path, f"cannot be written{size}: {reason}", "free or choose another disk")
+
+
+def check_writable(path: Path, flag: str) -> None:
+    """Find out now whether `write_atomically` could write there. Raises UsageError, which names the
+    flag, or ResourceError."""
+    try:
+        above = next(folder for folder in path.absolute().parents if folder.exists())
+        wrong = path if path.is_dir() else None if above.is_dir() else above
+        if wrong:
+            what = f"{wrong} is {'a folder' if wrong is path else 'no folder'}"
+            raise UsageError(flag, what, "choose another name")
+        with contextlib.suppress(FileNotFoundError):
+            os.lstat(path)  # fails where the name is too long
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise disk_error(path, error) from error
 
 
 def save_json(path: Path, values: dict) -> None:

@@ -5,7 +5,6 @@ images = torch.cat(list(generate(trained, range(64))))      # (64, 3, H, W) in [
 """
 
 import time
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,10 +28,11 @@ from utils import plain_keys
 
 @dataclass(frozen=True)
 class Trained:
-    """A network out of a checkpoint, with what was used to train it."""
+    """A network out of a checkpoint, with what was used to train it. Called, it is the network, run
+    in its precision."""
 
     path: Path
-    model: UNet  # in eval mode; in half precision it runs in autocast() only
+    model: UNet  # in eval mode, its weights in `dtype`
     diffusion: Diffusion
     dtype: torch.dtype | None  # half precision to run it in, or None
     settings: dict  # the constants of its run
@@ -48,9 +48,10 @@ class Trained:
         """The attributes that it has learned; none for an unconditional network."""
         return tuple(self.settings["attributes"])
 
-    def autocast(self) -> torch.autocast:
-        """A context in which the network runs in `dtype`."""
-        return torch.autocast(self.diffusion.device.type, self.dtype, self.dtype is not None)
+    def __call__(self, x_t: Tensor, t: Tensor, attributes: Tensor | None = None) -> Tensor:
+        """The network's output, computed in `dtype`."""
+        with torch.autocast(self.diffusion.device.type, self.dtype, self.dtype is not None):
+            return self.model(x_t, t, attributes)
 
 
 def load_trained(
@@ -73,9 +74,13 @@ def load_trained(
         model.load_state_dict(plain_keys(weights))
         diffusion = Diffusion(**saved["diffusion"], device=device)
         settings, step = saved["settings"], saved["step"]
+        if saved["unet"].get("num_attributes", 0) != len(settings["attributes"]):
+            raise ValueError("settings and network have other attributes")
+        if not settings["img_size"] > 0:
+            raise ValueError("img_size is not above 0")
     except KeyError as error:
         raise CheckpointError(path, f"lacks {error}", "take another checkpoint") from error
-    except (RuntimeError, TypeError) as error:
+    except Exception as error:  # whatever stands in place of arguments and weights
         what = f"does not fit ({' '.join(str(error).split())[:300]})"
         raise CheckpointError(path, what, "take another checkpoint") from error
     model = model.eval().requires_grad_(False).to(device)
@@ -94,6 +99,28 @@ def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:
             module.to(dtype)
 
 
+def sample_loop(
+    trained: Trained,
+    numbers: Sequence[int],
+    seed: int = 0,
+    attributes: Tensor | None = None,
+    **options,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """`Diffusion.sample_loop` for the images of these numbers: yields (x_t, x_0_pred).
+
+    Image i depends on (seed, i) alone. attributes: (N, K), or (1, K) for all. Raises
+    CheckpointError where the network leaves the finite numbers."""
+    if attributes is not None:
+        attributes = attributes.to(trained.diffusion.device).expand(len(numbers), -1)
+    options |= dict(generator=image_generators(seed, numbers), attributes=attributes)
+    shape = (len(numbers), 3, trained.img_size, trained.img_size)
+    for _, x_t, x_0_pred in trained.diffusion.sample_loop(trained, shape, **options):
+        yield x_t, x_0_pred
+    if not torch.isfinite(x_0_pred).all():
+        what = "generates images that are not finite numbers"
+        raise CheckpointError(trained.path, what, "take another checkpoint")
+
+
 def generate(
     trained: Trained,
     numbers: Sequence[int],
@@ -107,28 +134,17 @@ def generate(
 ) -> Iterator[Tensor]:
     """The images of these numbers, a batch at a time: yields (b, 3, H, W) in [-1, 1].
 
-    Image i depends on (seed, i) alone, whatever the batch. attributes: (N, K), or (1, K) for all;
     x_T: (N, 3, H, W), the noise to start from; bar: shows how many images are done, after each
-    step; steps, options: `Diffusion.sample_loop`'s."""
-    size, device = trained.img_size, trained.diffusion.device
+    step; the rest as for `sample_loop` and `Diffusion.sample_loop`, which say what is raised."""
     if attributes is not None:
-        attributes = attributes.to(device).expand(len(numbers), -1)
+        attributes = attributes.expand(len(numbers), -1)
     for start in range(0, len(numbers), batch_size):
         part = slice(start, start + batch_size)
-        generators = image_generators(seed, numbers[part])
-        loop = trained.diffusion.sample_loop(
-            trained.model,
-            (len(generators), 3, size, size),
-            steps=steps,
-            generator=generators,
-            attributes=None if attributes is None else attributes[part],
-            x_T=None if x_T is None else x_T[part],
-            **options,
-        )
-        with trained.autocast():
-            for _, _, images in loop:
-                if bar is not None:
-                    bar.update(len(images) / steps)
+        options["attributes"] = None if attributes is None else attributes[part]
+        options["x_T"] = None if x_T is None else x_T[part]
+        for _, images in sample_loop(trained, numbers[part], seed, steps=steps, **options):
+            if bar is not None:
+                bar.update(len(images) / steps)
         yield images
 
 
@@ -208,12 +224,14 @@ def keep_generated(path: Path, make: Callable[[], Tensor]) -> None:
 def read_generated(name: str, files: Sequence[tuple[range, Path]]) -> Generated:
     """What lies in the files of one sampler. Raises DataError where one is damaged."""
     images, seconds = [], 0.0
-    for _, path in files:
+    for numbers, path in files:
         try:
             with np.load(path) as kept:
                 images.append(kept["images"])
                 seconds += float(kept["seconds"])
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            if images[-1].dtype != np.uint8 or images[-1].shape[:1] != (len(numbers),):
+                raise ValueError(f"{images[-1].dtype} {images[-1].shape}")
+        except Exception as error:  # numpy and zipfile raise many kinds
             fix = "delete it, and it is generated again"
             raise DataError(path, f"is damaged ({error})", fix) from error
     return Generated(name, np.concatenate(images), seconds)

@@ -37,7 +37,7 @@ class HeldOutLoss(NamedTuple):
 
     def bands(self, count: int = 10) -> list[float]:
         """The mean loss in `count` equal parts of the timesteps, from little noise to much."""
-        return [float(part.mean()) for part in self.loss.tensor_split(count)]
+        return [float(part.mean()) for part in self.loss.tensor_split(min(count, len(self.loss)))]
 
 
 def float64(values: Tensor) -> Tensor:

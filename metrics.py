@@ -48,6 +48,9 @@ class Features:
         for start in tqdm(range(0, len(indices), BATCH), f"{self.name} features", disable=None):
             batch = torch.from_numpy(images[indices[start : start + BATCH]]).permute(0, 3, 1, 2)
             vectors.append(self._of_batch(batch.contiguous()))
+            first, last = vectors[0].shape[1], vectors[-1].shape[1]
+            if first != last:
+                raise self._wrong(f"gives vectors of {first} numbers, then of {last}")
         return np.concatenate(vectors)
 
     def _of_batch(self, batch: Tensor) -> np.ndarray:
@@ -58,11 +61,13 @@ class Features:
         try:
             with torch.no_grad():
                 vectors = self.function(batch)
-        except Exception as error:  # somebody else's code
-            raise self._wrong(f"fails on uint8 {tuple(batch.shape)}: {error}") from error
+        except (Exception, SystemExit) as error:  # somebody else's code
+            raise self._wrong(f"fails on uint8 {tuple(batch.shape)}: {_reason(error)}") from error
         shape = tuple(getattr(vectors, "shape", ()))
         if not isinstance(vectors, Tensor) or len(shape) != 2 or shape[0] != len(batch):
             raise self._wrong(f"gives {shape or type(vectors).__name__}, not ({len(batch)}, D)")
+        if shape[1] == 0 or vectors.is_complex():
+            raise self._wrong(f"gives {shape} of {vectors.dtype}")
         if not torch.isfinite(vectors).all():
             raise self._wrong("gives numbers that are not finite")
         return vectors.float().cpu().numpy()
@@ -118,11 +123,16 @@ def find_features(spec: str, size: int = 0, device: str = "cpu") -> Features | N
             p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in needed
         ):
             function = function()
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise UsageError("--features", f"{spec}: {error}", fix) from error
+    except (Exception, SystemExit) as error:  # somebody else's code
+        raise UsageError("--features", f"{spec}: {_reason(error)}", fix) from error
     if not callable(function):
         raise UsageError("--features", f"{spec} is no function", fix)
     return Features(spec, function, size)
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong in somebody else's code, in one line."""
+    return f"{type(error).__name__} {' '.join(str(error).split())}".strip()
 
 
 def _inception(device: str) -> Callable[[Tensor], Tensor]:
@@ -188,7 +198,7 @@ def kernel_distance(a: np.ndarray, b: np.ndarray, subset_size: int = 1000) -> tu
 def measure_distances(reference: np.ndarray, sets: dict[str, np.ndarray]) -> dict:
     """The distances of each set of vectors to the reference."""
     result = {}
-    for name, vectors in sets.items():
+    for name, vectors in tqdm(sets.items(), "distances", disable=None):
         kernel, deviation = kernel_distance(reference, vectors)
         frechet = frechet_distance(reference, vectors)
         result[name] = {"frechet": frechet, "kernel": kernel, "kernel_deviation": deviation}

@@ -9,7 +9,7 @@ from diffusers_format import MAP, WEIGHTS, read_folder, weights_file
 from errors import CheckpointError, UsageError
 from terminal import say
 from unet import Attention, GroupNorm, UNet, default_channel_mults
-from utils import State, find_checkpoint, load_checkpoint, plain_keys
+from utils import State, open_checkpoint, plain_keys
 
 SHIPPED = Path(__file__).resolve().parent / "weights"  # a folder for each name
 DEFAULT = "synthetic_32"
@@ -31,8 +31,7 @@ def open_weights(given: str | Path | None) -> tuple[Path, dict]:
         folder = folder.parent.parent if folder.parent.name == "unet" else folder.parent
     if given and (path := weights_file(folder)):
         return path, read_folder(folder)
-    path = find_checkpoint(given)
-    return path, load_checkpoint(path)
+    return open_checkpoint(given)
 
 
 def start_from(state: State, path: Path, saved: dict, config) -> None:

@@ -20,6 +20,7 @@ import threads  # noqa: F401  before torch, which reads what it sets
 # isort: split
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -34,7 +35,8 @@ from dataset import parse_attributes
 from device import DEVICES, find_device, keep_freed_memory
 from diffusion import draw_noise, image_generators
 from errors import UsageError
-from generate import Trained, generate, load_trained, sheet
+from files import check_writable
+from generate import Trained, generate, load_trained, sample_loop, sheet
 from images import image_grid, save_image, to_uint8
 from samplers import SAMPLERS, SamplerError, check_sampler, is_deterministic
 from settings import check_ranges, constant
@@ -69,27 +71,31 @@ def sample(config: SampleConfig) -> Path:
     keep_freed_memory()
     trained = load_trained(config.checkpoint or None, config.raw, find_device(config.device))
     check_config(config, trained.diffusion.num_timesteps)
-    out, columns, labels = Path(config.out), 0, []
-    numbers, attributes = list(range(config.num_images)), read_condition(config, trained)
-    options = {name: getattr(config, name) for name in ("sampler", "steps", "eta", "guidance")}
+    attributes = read_condition(config, trained)
+    out, numbers, columns, labels = Path(config.out), range(config.num_images), 0, []
+    check_out(out)
+    options = {name: getattr(config, name) for name in ("seed", "sampler", "steps", "eta")}
+    options |= dict(attributes=attributes, guidance=config.guidance)
 
     if config.interpolate:
         columns = config.num_images
         options["x_T"] = noise_between(trained, config.interpolate, columns, config.seed)
     elif out.suffix == ".gif":
-        save_gif(frames_from_noise(trained, numbers, config.seed, attributes, **options), out)
+        save_gif(frames_from_noise(trained, numbers, **options), out)
         return done(config, trained)
     if config.sheet:
         columns = config.num_images
-        labels, numbers, attributes = sheet(trained.attribute_names, columns, attributes)
+        labels, numbers, options["attributes"] = sheet(trained.attribute_names, columns, attributes)
 
-    options |= dict(seed=config.seed, batch_size=config.batch_size, attributes=attributes)
     with tqdm(total=len(numbers), unit="image", unit_scale=True, disable=None) as bar:
-        batches = generate(trained, numbers, bar=bar, **options)
+        options |= dict(batch_size=config.batch_size, bar=bar)
+        batches = generate(trained, numbers, **options)
         if not out.suffix:
             save_each(batches, out)
             return done(config, trained)
-        images = torch.cat([batch.cpu() for batch in batches])
+        images = torch.empty(len(numbers), 3, trained.img_size, trained.img_size)  # fits, or fails
+        for i, batch in enumerate(batches):
+            images[i * config.batch_size :][: len(batch)] = batch
     if out.suffix == ".gif":
         save_gif([image_grid(image[None]) for image in images], out)
     else:
@@ -110,6 +116,7 @@ def check_config(config: SampleConfig, num_timesteps: int | None = None) -> None
             raise UsageError(f"--{name}", f"is {getattr(config, name)!r}", f"give {fix}")
 
     suffix = Path(config.out).suffix
+    check(config.out != "", "out", "a name ending in .png or .gif, or a folder")
     check(suffix in ("", ".png", ".gif"), "out", "a name ending in .png or .gif, or a folder")
     is_grid = suffix == ".png" or not config.sheet
     check(is_grid, "out", "a name ending in .png, as --sheet is a grid")
@@ -120,6 +127,16 @@ def check_config(config: SampleConfig, num_timesteps: int | None = None) -> None
         names = " or ".join(name for name in SAMPLERS if is_deterministic(name))
         fix = f"{names}, by which the same noise makes the same image"
         check(is_deterministic(config.sampler), "sampler", fix)
+
+
+def check_out(out: Path) -> None:
+    """Find out now whether the images can be saved. Raises UsageError, ResourceError."""
+    if out.suffix:
+        return check_writable(out, "--out")
+    if any(out.glob("[0-9]*.png")):
+        fix = "choose another folder, or empty that one"
+        raise UsageError("--out", f"{out} holds images already, which these would mix with", fix)
+    check_writable(out / "000000.png", "--out")
 
 
 def read_condition(config: SampleConfig, trained: Trained) -> Tensor | None:
@@ -157,22 +174,15 @@ def noise_between(trained: Trained, ends: tuple[int, int], count: int, seed: int
     return noise.reshape(count, *shape[1:])
 
 
-def frames_from_noise(
-    trained: Trained, numbers: list[int], seed: int, attributes: Tensor | None, **options
-) -> list[Image.Image]:
+def frames_from_noise(trained: Trained, numbers: Sequence[int], **options) -> list[Image.Image]:
     """The way from noise to faces: grids of x_t at up to GIF_FRAMES steps, and of the faces."""
-    shape = (len(numbers), 3, trained.img_size, trained.img_size)
-    if attributes is not None:
-        options["attributes"] = attributes.to(trained.diffusion.device).expand(len(numbers), -1)
-    options["generator"] = image_generators(seed, numbers)
-    loop = trained.diffusion.sample_loop(trained.model, shape, **options)
-    every = max(1, options["steps"] // GIF_FRAMES)
+    steps = options["steps"]
+    loop = tqdm(sample_loop(trained, numbers, **options), total=steps, unit="step", disable=None)
     frames = []
-    with trained.autocast():
-        for i, (_, x_t, x_0_pred) in enumerate(tqdm(loop, total=options["steps"], disable=None)):
-            faces = x_0_pred
-            if i % every == 0:
-                frames.append(image_grid(x_t))
+    for i, (x_t, x_0_pred) in enumerate(loop):
+        faces = x_0_pred
+        if i % max(1, steps // GIF_FRAMES) == 0:
+            frames.append(image_grid(x_t))
     return [*frames, image_grid(faces)]
 
 

@@ -195,7 +195,7 @@ def find_checkpoint(path: str | Path | None) -> Path:
     """The file meant by a checkpoint file, a run's folder (its newest), or None (the newest run
     under the current folder). Raises CheckpointError where there is none."""
     if path is None:
-        found = Path().glob("*/checkpoints/step_*.pt")
+        found = [p for p in Path().glob("*/checkpoints/step_*.pt") if p.exists()]  # no dead links
         newest = max(found, key=lambda p: (p.stat().st_mtime, p.name), default=None)
         if newest is None:
             fix = "train first, or name one"
@@ -211,6 +211,14 @@ def find_checkpoint(path: str | Path | None) -> Path:
     if not checkpoints:
         raise CheckpointError(path, "holds no checkpoints/step_*.pt", "name the folder of a run")
     return checkpoints[0]
+
+
+def open_checkpoint(given: str | Path | None) -> tuple[Path, dict]:
+    """Read what `find_checkpoint` finds; of a run the newest good one. Returns its path too."""
+    path = find_checkpoint(given)
+    if given is not None and not Path(given).is_dir():
+        return path, load_checkpoint(path)
+    return load_newest_checkpoint(path.parent.parent)
 
 
 def prune_checkpoints(newest: Path, keep: int) -> None:

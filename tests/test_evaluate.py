@@ -13,10 +13,12 @@ from PIL import Image
 import evaluate as evaluate_module
 import sources
 from dataset import load_faces
+from diffusion import Diffusion
 from errors import DataError, UserError
-from evaluate import EvaluateConfig, evaluate, measure_images, split_real
-from generate import Generated, generate, load_trained
+from evaluate import EvaluateConfig, evaluate, loss_at_all_t, measure_images, split_real
+from generate import Generated, generate, keep_generated, load_trained, read_generated
 from images import to_uint8
+from likelihood import held_out_loss
 from metrics import find_features
 from train import Config, train
 from utils import checkpoint_path, load_checkpoint, save_checkpoint
@@ -28,7 +30,7 @@ SMALL = EvaluateConfig(
     num_images=6,
     samplers=("dpm++:2", "ddim:3"),
     features="mine:load",
-    loss_draws=1,
+    loss_draws=2,
     batch_size=4,
 )
 
@@ -226,6 +228,7 @@ def test_faces_come_in_the_checkpoints_size(run):
         (dict(samplers=("ddim:5", "ddim:5")), 2, "--samplers"),
         (dict(features="absent:load"), 2, "--features"),
         (dict(features="json:dumps"), 2, "--features"),
+        (dict(loss_draws=1), 2, "--loss_draws"),
         (dict(num_reference=55), 3, "--num_reference"),
         (dict(num_images=59), 3, "--num_reference"),
         (dict(checkpoint="nowhere"), 4, "nowhere"),
@@ -265,6 +268,58 @@ def test_damaged_kept_images_are_named_and_generated_again_once_deleted(run, dam
     path.unlink()
     evaluate(SMALL)
     assert read(run)["samplers"]["ddim:3"]["frechet"] == first
+
+
+def test_every_flipped_bit_of_kept_images_is_noticed(tmp_path):
+    path = tmp_path / "000000-000002.npz"
+    keep_generated(path, lambda: torch.zeros(2, 3, 2, 2))
+    files, whole = [(range(2), path)], path.read_bytes()
+    images = read_generated("one", files).images
+    for i in range(0, 8 * len(whole), 3):
+        damaged = bytearray(whole)
+        damaged[i // 8] ^= 1 << i % 8
+        path.write_bytes(damaged)
+        try:
+            assert (read_generated("one", files).images == images).all(), i
+        except DataError as error:
+            assert path.name in str(error)
+
+
+def test_default_draws_are_few_and_their_error_is_small(run):
+    faces, evaluated = load_faces(DATA, 8), []
+    trained = replace(load_trained("run"), diffusion=Diffusion(num_timesteps=1000))
+    trained.model.register_forward_hook(lambda _, inputs, __: evaluated.append(len(inputs[0])))
+    images = faces.images[faces.held_out], faces.attributes[faces.held_out]
+    few = loss_at_all_t(trained, *images, EvaluateConfig().loss_draws)
+    assert sum(evaluated) <= 2500 and len(few.loss) == 1000
+    many = held_out_loss(trained, trained.diffusion, *images, draws=8)
+    (bits, error), (expected, usual) = few.bits_per_dim(), many.bits_per_dim()
+    assert 0 < error < usual and abs(bits - expected) < 4 * (error**2 + usual**2) ** 0.5
+
+
+def test_without_a_gpu_no_distances_are_measured_unless_asked_for(run, capsys):
+    evaluate(replace(SMALL, features="", loss_draws=0, device="cpu"))
+    assert "--features inception" in capsys.readouterr().out
+    assert read(run)["config"]["features"] == "none"
+    assert "frechet" not in read(run)["samplers"]["dpm++:2"]
+
+
+@pytest.mark.parametrize("taken", ["evaluation", "evaluation/evaluation.json"])
+def test_a_folder_that_cannot_be_written_is_found_before_generating(run, monkeypatch, taken):
+    if taken == "evaluation":
+        (run / taken).touch()
+    else:
+        (run / taken).mkdir(parents=True)
+    monkeypatch.setattr(evaluate_module, "generate", lambda *_, **__: pytest.fail("generates"))
+    with pytest.raises(UserError, match="evaluation"):
+        evaluate(replace(SMALL, features="none", loss_draws=0))
+
+
+def test_all_that_is_written_is_json(here):
+    train(Config(**{**TINY, "num_timesteps": 2}))
+    evaluate(replace(SMALL, features="none", samplers=("dpm++:2",)))
+    path = here / "run" / "evaluation" / "evaluation.json"
+    json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(name))
 
 
 def test_two_processes_generate_just_as_many_images(run):

@@ -1,5 +1,6 @@
 """Distances between sets of images, against closed forms; and features from anywhere."""
 
+import sys
 import urllib.error
 
 import numpy as np
@@ -191,12 +192,21 @@ def test_images_are_resized_to_the_features_size():
         (lambda x: [1.0], "gives list"),
         (lambda x: means(x) / 0, "not finite"),
         (lambda x: x @ torch.zeros(3), "fails on uint8 (2, 3, 8, 8)"),
+        (lambda x: sys.exit("enough"), "fails on uint8 (2, 3, 8, 8): SystemExit enough"),
+        (lambda x: means(x)[:, :0], "gives (2, 0)"),
+        (lambda x: means(x) * 1j, "of torch.complex64"),
     ],
 )
 def test_wrong_features_are_refused_in_one_line(function, said):
     with pytest.raises(UsageError, match="--features: mine") as error:
         Features("mine", function).of(random_images(2))
     assert said in str(error.value)
+
+
+def test_features_that_change_their_length_are_refused():
+    sizes = iter([12, 5])
+    with pytest.raises(UsageError, match="12 numbers, then of 5"):
+        Features("mine", lambda x: torch.zeros(len(x), next(sizes))).of(random_images(200))
 
 
 def test_features_of_the_reference_are_kept_and_never_mixed_up(tmp_path, monkeypatch):
@@ -258,6 +268,16 @@ def test_features_come_from_any_module(module, name):
 def test_features_that_are_not_there_are_refused_in_one_line(module, spec):
     with pytest.raises(UsageError, match="--features"):
         find_features(spec)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["1 / 0", "raise SystemExit(3)", "this is no Python", "\0", "def f():\n    raise KeyError(1)"],
+)
+def test_modules_that_cannot_be_used_are_refused_in_one_line(module, tmp_path, text):
+    (tmp_path / "mine.py").write_text(text)
+    with pytest.raises(UsageError, match="^--features: mine:f: [^\n]+$"):
+        find_features("mine:f")
 
 
 def test_none_means_no_features():

@@ -1,9 +1,11 @@
 """Images from a checkpoint: which weights, which noise, which files."""
 
+import errno
 import inspect
 import os
 import re
 import shutil
+import tempfile
 import time
 from dataclasses import fields, replace
 
@@ -20,14 +22,14 @@ from benchmarks.data_speed import DataSpeedConfig
 from benchmarks.quality import QualityConfig
 from benchmarks.sample_speed import SampleSpeedConfig
 from benchmarks.train_speed import TrainSpeedConfig
-from errors import CheckpointError, UsageError
+from errors import CheckpointError, UsageError, UserError
 from evaluate import EvaluateConfig
 from generate import generate, load_trained
 from sample import SampleConfig, main, noise_between, sample
 from samplers import SAMPLERS
 from train import Config, train
 from unet import GroupNorm
-from utils import checkpoint_path, find_checkpoint, load_checkpoint
+from utils import checkpoint_path, find_checkpoint, load_checkpoint, save_checkpoint
 
 HALF_A_GREY_LEVEL = 1 / 255  # of images in [-1, 1]; eps at the start is divided by 1 / 80
 
@@ -216,6 +218,104 @@ def test_checkpoint_of_another_kind_is_refused(run):
     torch.save({"weights": torch.zeros(3)}, "other.pt")
     with pytest.raises(CheckpointError):
         load_trained("other.pt")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: state.update(settings={}),
+        lambda state: state["settings"].pop("attributes"),
+        lambda state: state["settings"].update(attributes=["Smiling"]),
+        lambda state: state["settings"].update(img_size="large"),
+        lambda state: state.update(settings=["img_size"]),
+        lambda state: state.update(unet=None),
+        lambda state: state["unet"].update(wings=2),
+        lambda state: state["unet"].update(channels=-4),
+        lambda state: state["unet"].update(img_size=7),
+        lambda state: state["diffusion"].update(num_timesteps=0),
+        lambda state: state["diffusion"].update(noise_schedule="sudden"),
+        lambda state: state.update(ema=[]),
+        lambda state: state["ema"].update(model=[1, 2]),
+        lambda state: state["ema"]["model"].popitem(),
+        lambda state: state.pop("step"),
+    ],
+)
+def test_checkpoint_that_says_what_cannot_be_is_one_line(run, change):
+    path = find_checkpoint(run)
+    state = load_checkpoint(path)
+    change(state)
+    save_checkpoint(path, state)
+    with pytest.raises(CheckpointError, match=path.name):
+        load_trained(path)
+
+
+def test_newest_good_checkpoint_of_a_run_is_taken_and_named(run, capsys):
+    newest, before = checkpoint_path(run, 6), checkpoint_path(run, 3)
+    newest.write_bytes(newest.read_bytes()[:-100])
+    for given in (run, None, run / "checkpoints"):
+        assert load_trained(given).path.resolve() == before.resolve()
+        assert before.name in capsys.readouterr().err
+    with pytest.raises(CheckpointError, match=newest.name):  # it is asked for by name
+        load_trained(newest)
+    newest.unlink()
+    newest.mkdir()
+    assert load_trained(run).path == before
+
+
+def test_dead_links_among_the_runs_are_no_runs(run, here):
+    (here / "gone" / "checkpoints").mkdir(parents=True)
+    (here / "gone" / "checkpoints" / "step_00000009.pt").symlink_to("nowhere.pt")
+    assert load_trained(None).step == 6
+
+
+def test_images_that_are_not_finite_numbers_are_not_saved(run):
+    path = find_checkpoint(run)
+    state = load_checkpoint(path)
+    for weights in state["ema"]["model"].values():
+        weights.fill_(1e30)
+    save_checkpoint(path, state)
+    for out in ("faces.png", "way.gif", "faces"):
+        with pytest.raises(CheckpointError, match="not finite"):
+            sample(SampleConfig("run", num_images=2, steps=2, out=out))
+        assert not os.path.exists(out) or not os.listdir(out)
+
+
+@pytest.mark.parametrize(
+    "out, code",
+    [
+        ("", 2),
+        ("folder.png", 2),  # is a folder
+        ("file/faces.png", 2),
+        ("file", 2),
+        ("/dev/null/a.png", 2),
+        ("a" * 300 + ".png", 5),
+        ("a" * 300 + "/b.png", 5),
+        ("full/faces.png", 5),
+        ("full", 5),
+    ],
+)
+def test_where_nothing_can_be_saved_is_found_before_generating(run, monkeypatch, out, code):
+    os.mkdir("folder.png")
+    open("file", "w").close()
+    temporary = tempfile.TemporaryFile
+
+    def read_only(*args, dir, **options):
+        if "full" in str(dir):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return temporary(*args, dir=dir, **options)
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", read_only)
+    monkeypatch.setattr("sample.generate", lambda *_, **__: pytest.fail("generates"))
+    with pytest.raises(UserError) as error:
+        sample(SampleConfig("run", num_images=2, steps=2, out=out))
+    assert error.value.exit_code == code and "Fix: " in str(error.value)
+
+
+def test_images_of_two_commands_do_not_mix_in_a_folder(run):
+    first = saved_images()
+    with pytest.raises(UsageError, match="--out: out holds images already"):
+        sample(SampleConfig("run", num_images=2, steps=2, seed=1, out="out"))
+    assert len(os.listdir("out")) == len(first) == 5
 
 
 def test_flags_are_checked_before_anything_is_loaded(here):
