@@ -46,10 +46,11 @@ def set_up_device(device: torch.device, deterministic: bool = False) -> None:
     torch.backends.cudnn.benchmark = not deterministic  # worth its time: the shapes stay the same
     torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
     torch.use_deterministic_algorithms(deterministic)
-    if deterministic:
-        import torch._inductor.config as inductor  # slow to import
+    import torch._inductor.config as inductor  # slow to import, and of no use elsewhere
 
-        inductor.deterministic = True  # what is compiled is not chosen by its time either
+    if hasattr(inductor, "deterministic"):
+        inductor.deterministic = deterministic  # what is compiled is not chosen by its time either
+    if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
         torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads any
 
