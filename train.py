@@ -44,6 +44,7 @@ from diffusion import NOISE_SCHEDULES, PREDICTIONS
 from errors import Interrupted, UsageError
 from files import FolderLock
 from log import RunLog
+from optimizers import OPTIMIZERS
 from run import prepare_network, rehearse, set_up
 from safety import StopSignals, Watch, agreed_stop
 from settings import check_ranges, fixed, free
@@ -77,6 +78,7 @@ class Config:
     attn_resolutions: tuple[int, ...] = fixed((16, 12, 8))  # resolutions, in pixels, with attention
     head_dim: int = fixed(64, least=1)  # channels of an attention head
     dropout: float = fixed(0.1, least=0, below=1)  # share of activations dropped in training
+    norm_groups: int = fixed(0, least=0)  # of every group norm; 0: up to 32, by its channels
     # The diffusion
     num_timesteps: int = fixed(1000, least=2)  # T, the steps of the forward process
     noise_schedule: Literal[*NOISE_SCHEDULES] = fixed("cosine")  # how the noise grows with t
@@ -85,7 +87,8 @@ class Config:
     num_training_steps: int = free(500_000, least=1)  # optimiser updates in the whole run
     batch_size: int = fixed(128, least=1)  # images in a forward pass on each device
     gradient_accumulation_steps: int = fixed(1, least=1)  # forward passes in an update
-    learning_rate: float = fixed(2e-4, above=0)  # of AdamW, at its highest
+    optimizer: Literal[*OPTIMIZERS] = fixed("adamw")  # muon: much sooner there, in short runs
+    learning_rate: float = fixed(2e-4, above=0)  # at its highest; muon takes ten times adamw's
     lr_schedule: Literal["constant", "cosine"] = fixed("constant")  # after warm-up; cosine: to 0
     warmup_steps: int = fixed(5000, least=0)  # updates over which the learning rate rises from 0
     max_grad_norm: float = fixed(1.0, above=0)  # length to which longer gradients are clipped
@@ -141,6 +144,10 @@ def check_config(config: Config) -> None:
         raise UsageError("--experiment_name", f"is {config.experiment_name!r}", "name a folder")
     if len(set(config.attributes)) < len(config.attributes):
         raise UsageError("--attributes", f"is {config.attributes!r}", "give each name once")
+    groups, channels = config.norm_groups, config.channels
+    if groups and (groups >= channels or channels % groups):  # alone, a channel loses its mean
+        fix = f"give 0, or a divisor of {channels} channels, below it"
+        raise UsageError("--norm_groups", f"is {groups}", fix)
     try:
         check_shape(config.img_size, config.channels, config.channel_mults, config.head_dim)
     except ValueError as error:

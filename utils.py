@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 import settings
+from device import autocast_dtype
 from ema import EMA
 from errors import (
     CheckpointError,
@@ -27,6 +28,7 @@ from errors import (
     is_out_of_memory,
 )
 from files import sync, write_atomically
+from optimizers import make_optimizer
 from terminal import say, warn
 from unet import UNet
 
@@ -295,9 +297,9 @@ def make_state(config, device: torch.device, fp16: bool, base: dict | None = Non
         init_scale=2.0**16 if fp16 else 1.0,
         growth_interval=2000 if fp16 else 2**31 - 1,
     )
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.learning_rate, weight_decay=0.0, fused=True
-    )
+    half = autocast_dtype(config.mixed_precision, device)
+    dtype = torch.bfloat16 if half == torch.bfloat16 else torch.float32
+    optimizer = make_optimizer(config.optimizer, model, config.learning_rate, dtype)
     return State(model, EMA(model, config.ema_decay), optimizer, scaler)
 
 
@@ -310,10 +312,12 @@ def diffusion_arguments(config) -> dict:
 def unet_arguments(config, base: dict | None = None) -> dict:
     """What `UNet(**...)` needs to be built again.
 
-    base: those of the network whose weights it takes; of them it keeps what is no constant."""
+    base: those of the network whose weights it takes; of them it keeps what is no constant, and
+    the norms' groups where the run does not say them."""
     names = ["img_size", "channels", "channel_mults", "num_res_blocks"]
-    names += ["attn_resolutions", "head_dim", "dropout"]
+    names += ["attn_resolutions", "head_dim", "dropout", "norm_groups"]
     arguments = {name: getattr(config, name) for name in names}
+    arguments["norm_groups"] = config.norm_groups or (base or {}).get("norm_groups", 0)
     return (base or {}) | arguments | {"num_attributes": len(config.attributes)}
 
 

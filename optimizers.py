@@ -1,0 +1,90 @@
+"""What turns gradients into steps: AdamW, and Muon, which needs far fewer steps.
+
+Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): the step of a matrix of weights is its
+averaged gradient made orthogonal, so that all directions in which the matrix works are learned at
+the same pace, not the strongest first.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+OPTIMIZERS = ("adamw", "muon")
+MOMENTUM = 0.95
+
+
+def make_optimizer(name: str, model: nn.Module, lr: float, dtype: torch.dtype):
+    """The optimiser of this name for a network. dtype: of Muon's matrix products."""
+    if name == "muon":
+        return Muon(*split_parameters(model), lr=lr, dtype=dtype)
+    assert name == "adamw", f"optimizer is {name!r}, not one of {OPTIMIZERS}"
+    return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
+
+
+def orthogonal(matrix: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Roughly U V^T of the matrix U S V^T: the singular values all between 0.7 and 1.2.
+
+    Five steps of a Newton-Schulz iteration, x <- a x + b (x x^T) x + c (x x^T)^2 x, with the
+    coefficients of Jordan et al. 2024. dtype: to compute in. Returns the dtype given."""
+    x = matrix.to(dtype)
+    wide = x.shape[0] <= x.shape[1]
+    x = x if wide else x.T  # so that x x^T is the smaller product
+    x = x / (x.norm() + 1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        x = torch.addmm(
+            x, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445
+        )
+    return (x if wide else x.T).to(matrix.dtype)
+
+
+def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The matrices between the network's first and last convolution, and the other parameters."""
+    ends = [*model.conv_in.parameters(), *model.conv_out.parameters()]
+    matrices, others = [], []
+    for parameter in model.parameters():
+        is_end = any(parameter is end for end in ends)
+        (others if is_end or parameter.ndim < 2 else matrices).append(parameter)
+    return matrices, others
+
+
+class Muon(torch.optim.AdamW):
+    """Muon for `matrices`, with Nesterov's momentum; AdamW without weight decay for `others`.
+
+    The kernel of a convolution is a matrix (C_out, 9 C_in). A step changes its entries by 0.2
+    times the learning rate on average, about as much as AdamW does (Liu et al. 2025, eq. 4), so
+    one learning rate serves both. dtype: that `orthogonal` computes in."""
+
+    def __init__(
+        self,
+        matrices: Iterable[Tensor],
+        others: Iterable[Tensor],
+        lr: float,
+        dtype: torch.dtype = torch.float32,
+    ):
+        super().__init__(list(others), lr=lr, weight_decay=0.0, fused=True)
+        self.add_param_group({"params": list(matrices)})
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        """One update of all weights, from their gradients."""
+        # A tensor, 1 where GradScaler found a gradient that is not finite: nothing waits for it.
+        found = getattr(self, "found_inf", None)
+        group = self.param_groups[1]
+        for weight in group["params"]:
+            if weight.grad is None:
+                continue
+            gradient, keep, state = weight.grad, 1.0, self.state[weight]
+            if found is not None:
+                gradient, keep = torch.where(found > 0, 0.0, gradient), 1.0 - found
+            if not state:  # named as AdamW's, which loads it
+                state["step"] = torch.zeros(())
+                state["exp_avg"] = torch.zeros_like(weight)
+            momentum = state["exp_avg"].lerp_(gradient, (1 - MOMENTUM) * keep)
+            direction = orthogonal(gradient.lerp(momentum, MOMENTUM).flatten(1), self.dtype)
+            scale = 0.2 * max(direction.shape) ** 0.5 * group["lr"] * keep
+            weight.sub_(scale * direction.view_as(weight))
+            weight.grad = None  # AdamW leaves out what has no gradient
+        super().step()

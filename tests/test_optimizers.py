@@ -1,0 +1,122 @@
+"""Muon against the singular value decomposition, and as an optimiser that can be resumed."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from optimizers import MOMENTUM, Muon, make_optimizer, orthogonal, split_parameters
+from unet import UNet
+
+
+def small_network():
+    """A network of few weights, none of them zero."""
+    torch.manual_seed(0)
+    model = UNet(8, 8, (1, 2), 1, (4,), 8, dropout=0.0, norm_groups=4, num_attributes=3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model
+
+
+def give_gradients(model, seed):
+    """A gradient from random numbers to each weight."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+
+
+@pytest.mark.parametrize("shape", [(16, 144), (144, 16), (32, 32)])
+def test_orthogonal_keeps_the_singular_vectors_and_makes_the_values_alike(shape):
+    generator = torch.Generator().manual_seed(0)
+    u, _, v = torch.linalg.svd(torch.randn(shape, generator=generator), full_matrices=False)
+    values = torch.linspace(0.05, 1, min(shape))
+    result = orthogonal(u * values @ v)
+    inside = u.T @ result @ v.T  # diagonal where the singular vectors are kept
+    diagonal = inside.diagonal()
+    assert 0.65 < float(diagonal.min()) and float(diagonal.max()) < 1.25
+    torch.testing.assert_close(inside, diagonal.diag(), rtol=0, atol=1e-4)
+
+
+def test_bfloat16_is_nearly_as_good():
+    matrix = torch.randn(16, 144, generator=torch.Generator().manual_seed(0))
+    exact, rough = orthogonal(matrix), orthogonal(matrix, torch.bfloat16)
+    assert rough.dtype == torch.float32
+    assert float((rough - exact).norm() / exact.norm()) < 0.05
+
+
+def test_every_weight_is_learned_by_one_of_the_two():
+    model = small_network()
+    matrices, others = split_parameters(model)
+    both = [id(p) for p in [*matrices, *others]]
+    assert sorted(both) == sorted(id(p) for p in model.parameters())
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert all(p.ndim >= 2 for p in matrices)
+    ends = {"conv_in.weight", "conv_out.weight"}
+    assert {names[id(p)] for p in others if p.ndim >= 2} == ends
+
+
+def test_steps_are_those_of_the_published_rule():
+    weight = nn.Parameter(torch.randn(6, 2, 3, 3, generator=torch.Generator().manual_seed(0)))
+    before, momentum = weight.detach().clone().double(), torch.zeros(6, 18).double()
+    optimizer = Muon([weight], [nn.Parameter(torch.zeros(1))], lr=0.01)
+    for step in range(3):
+        gradient = torch.randn(weight.shape, generator=torch.Generator().manual_seed(step + 1))
+        weight.grad = gradient.clone()
+        optimizer.step()
+        flat = gradient.flatten(1).double()
+        momentum = MOMENTUM * momentum + (1 - MOMENTUM) * flat
+        nesterov = MOMENTUM * momentum + (1 - MOMENTUM) * flat
+        update = orthogonal(nesterov, torch.float64)
+        before -= 0.01 * 0.2 * 18**0.5 * update.view(weight.shape)
+    torch.testing.assert_close(weight.detach(), before.float(), rtol=0, atol=1e-6)
+
+
+def test_vectors_and_ends_are_learned_as_by_adamw():
+    models = [small_network(), small_network()]
+    optimizers = [
+        make_optimizer(name, model, 1e-3, torch.float32)
+        for name, model in zip(("muon", "adamw"), models, strict=True)
+    ]
+    for step in range(3):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            give_gradients(model, step)
+            optimizer.step()
+    matrices, _ = split_parameters(models[0])
+    learned_by_muon = {id(p) for p in matrices}
+    named = models[0].named_parameters()
+    for (name, ours), theirs in zip(named, models[1].parameters(), strict=True):
+        assert torch.equal(ours, theirs) != (id(ours) in learned_by_muon), name
+
+
+def test_saved_and_loaded_it_goes_on_as_it_would_have():
+    models = [small_network(), small_network()]
+    first, second = (make_optimizer("muon", model, 1e-3, torch.float32) for model in models)
+    for step in range(2):
+        give_gradients(models[0], step)
+        first.step()
+    models[1].load_state_dict(models[0].state_dict())
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    for model, optimizer in zip(models, (first, second), strict=True):
+        give_gradients(model, 7)
+        optimizer.step()
+    for ours, theirs in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_gradient_that_is_not_finite_changes_nothing():
+    model = small_network()
+    optimizer = make_optimizer("muon", model, 1e-3, torch.float32)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1.0, growth_interval=2**31 - 1)
+    give_gradients(model, 0)
+    model.middle_block1.conv1.weight.grad[0, 0, 0, 0] = torch.nan
+    scaler.scale(torch.zeros(()))  # as the loss is
+    scaler.unscale_(optimizer)
+    before = [p.detach().clone() for p in model.parameters()]
+    scaler.step(optimizer)
+    scaler.update()
+    for parameter, kept in zip(model.parameters(), before, strict=True):
+        assert torch.equal(parameter, kept)
+    for state in optimizer.state.values():
+        assert all(torch.isfinite(value).all() for value in state.values())
