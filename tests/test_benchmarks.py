@@ -12,7 +12,7 @@ from conftest import TINY, assert_error, run_script, tensors_equal
 from PIL import Image
 from torch import nn
 
-from benchmarks import data_speed, quality, sample_speed, train_speed
+from benchmarks import data_speed, quality, recipes, sample_speed, train_speed
 from benchmarks.common import Worker, measure, ratio, read_tables
 from benchmarks.peers import diffusers_network, forward_flops, make_config
 from dataset import Batches, load_faces
@@ -20,7 +20,7 @@ from device import autocast_dtype
 from errors import UsageError
 from terminal import table
 from train import Config, train
-from utils import load_checkpoint
+from utils import list_checkpoints, load_checkpoint
 
 SMALLEST = ["--img_size", "8", "--channels", "64", "--channel_mults", "1", "1", "--rounds", "1"]
 SMALL = make_config(img_size=8, channels=64, channel_mults=(1, 1))
@@ -166,6 +166,43 @@ def test_a_peer_goes_on_with_the_training_that_was_kept(short_run, name):
 )
 def test_quality_refuses_what_cannot_be(here, flag, value):
     assert_error(run_script("benchmarks/quality.py", f"--{flag}", value), 2, f"--{flag}")
+
+
+TINY_RECIPE = (
+    "img_size=8 channels=8 channel_mults=1,2 head_dim=8 norm_groups=4 attn_resolutions=4 "
+    "batch_size=4 num_samples=2 mixed_precision=no"
+)
+
+
+def test_recipes_are_trained_for_the_flops_and_measured_for_each_seed(short_run):
+    muon = f"{TINY_RECIPE} optimizer=muon"
+    flops = recipes.update_flops(recipes.read_recipe(muon))
+    assert flops > recipes.update_flops(recipes.read_recipe(f"{TINY_RECIPE} optimizer=adamw"))
+    config = ["--recipes", muon, f"{muon} learning_rate=0.01", "--teraflops", str(flops * 3e-12)]
+    config += ["--path_to_data", "pictures", "--features", "mine:load", "--num_images", "20"]
+    text = run("recipes", *config, "--evaluations", "2", "3")
+    lines = [line for line in text.splitlines() if "channels=8" in line and line.startswith("|")]
+    assert len(lines) == 4  # two recipes, two seeds
+    distances = {tuple(line.split("|")[-3:-1]) for line in lines}
+    assert len(distances) == 4
+    for first, second in distances:
+        assert float(first.split("±")[0]) > 0 and float(second.split("±")[1]) > 0
+    for folder in Path("recipes").glob("*TF*"):
+        assert list_checkpoints(folder)[0].stem == "step_00000003"
+
+
+def test_the_error_of_a_distance_is_as_large_as_it_varies():
+    random = np.random.default_rng(0)
+    reference = random.normal(size=(2000, 4))
+    measured = [recipes.distance(reference, random.normal(size=(200, 4))) for _ in range(60)]
+    values, errors = np.array(measured).T
+    assert 0.6 < np.median(errors) / values.std() < 1.6
+
+
+def test_a_change_that_is_none_is_refused(here):
+    for recipe in ("optimizer", "optimizer=sgd", "=3"):
+        result = run_script("benchmarks/recipes.py", "--recipes", recipe)
+        assert_error(result, 2, "--recipes" if "sgd" not in recipe else "--optimizer")
 
 
 def test_a_row_that_is_not_there_is_named():

@@ -36,6 +36,7 @@ def make_theirs(ours):
         {},
         {"channel_mults": (1, 2, 2), "num_res_blocks": 1, "attn_resolutions": (16, 4)},
         {"img_size": 32, "attn_resolutions": ()},
+        {"channels": 32, "channel_mults": (1, 2, 4), "norm_groups": 16, "num_res_blocks": 1},
     ],
 )
 def test_output_and_gradients_equal_diffusers(changes):
