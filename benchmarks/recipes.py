@@ -30,9 +30,8 @@ from errors import UsageError
 from files import save_json
 from generate import generate, load_trained
 from images import to_uint8
-from log import table
 from metrics import Features, find_features, frechet_distance
-from terminal import say
+from terminal import say, table
 from train import DEMO, Config, train, train_step
 from utils import diffusion_arguments, make_state
 
