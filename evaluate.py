@@ -44,6 +44,7 @@ from files import check_writable, save_json
 from generate import (
     Generated,
     Trained,
+    add_guide,
     batch_files,
     generate,
     keep_generated,
@@ -74,6 +75,8 @@ class EvaluateConfig:
     loss_draws: int = constant(2, least=0)  # held-out faces at each t; 0: no held-out loss
     seed: int = constant(0, least=0)  # image i depends on (seed, i) alone
     batch_size: int = constant(64, least=1)  # images generated at a time
+    guide: str = ""  # an early checkpoint of the same run, to lead the images away from its errors
+    autoguidance: float = constant(1.5, least=1)  # how far it leads: 1 not at all, 2 far
     raw: bool = False  # generate with the weights as trained, not with their average (EMA)
     device: Literal[*DEVICES] = "auto"  # auto: cuda where there is one, else cpu; mps: untried
 
@@ -88,6 +91,8 @@ def evaluate(config: EvaluateConfig) -> Path:
     raw = load_trained(averaged.path, raw=True, device=device)
     trained, settings = raw if config.raw else averaged, averaged.settings
     check_samplers(config, trained.diffusion.num_timesteps)
+    if config.guide:
+        trained = add_guide(trained, config.guide, config.autoguidance)
     if not config.features:
         config = replace(config, features="none" if device == "cpu" else "inception")
         if device == "cpu" and accelerator.is_main_process:
@@ -176,7 +181,7 @@ def source_digest(trained: Trained, faces: Faces) -> str:
     and, where the network is asked for the attributes of faces, the faces."""
     with open(trained.path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256")
-    digest.update(str(trained.dtype).encode())
+    digest.update(f"{trained.dtype}{trained.guided_by}".encode())
     digest.update(faces.fingerprint.encode() if trained.attribute_names else b"")
     return digest.hexdigest()[:12]
 

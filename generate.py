@@ -4,9 +4,10 @@ trained = load_trained("my_first_diffusion")
 images = torch.cat(list(generate(trained, range(64))))      # (64, 3, H, W) in [-1, 1]
 """
 
+import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ from tqdm import tqdm
 
 from device import autocast_dtype, check_gpu, find_device
 from diffusion import Diffusion, image_generators
-from errors import CheckpointError, DataError
+from errors import CheckpointError, DataError, UsageError
 from files import write_atomically
 from images import image_grid, to_uint8
 from pretrained import open_weights
@@ -32,11 +33,12 @@ class Trained:
     in its precision."""
 
     path: Path
-    model: UNet  # in eval mode, its weights in `dtype`
+    model: nn.Module  # a UNet, in eval mode, its weights in `dtype`
     diffusion: Diffusion
     dtype: torch.dtype | None  # half precision to run it in, or None
     settings: dict  # the constants of its run
     step: int
+    guided_by: str = ""  # the guide and the strength, where there is one
 
     @property
     def img_size(self) -> int:
@@ -90,6 +92,40 @@ def load_trained(
     if dtype is not None:
         cast_weights(model, dtype)
     return Trained(path, model, diffusion, dtype, settings, step)
+
+
+class Autoguided(nn.Module):
+    """A network led away from its own early self, whose errors are its own, only larger: Karras et
+    al. 2024, "Guiding a diffusion model with a bad version of itself", eq. 3. Two evaluations."""
+
+    def __init__(self, model: nn.Module, guide: nn.Module, strength: float):
+        super().__init__()
+        self.model, self.guide, self.strength = model, guide, strength
+
+    def forward(self, x_t: Tensor, t: Tensor, attributes: Tensor | None = None) -> Tensor:
+        """Arguments and result as of `UNet`; the result in x_t's precision."""
+        condition = () if attributes is None else (attributes,)
+        good = self.model(x_t, t, *condition).to(x_t.dtype)
+        bad = self.guide(x_t, t, *condition).to(x_t.dtype)
+        return bad + self.strength * (good - bad)
+
+
+def add_guide(trained: Trained, checkpoint: str | Path, strength: float) -> Trained:
+    """The network guided by an earlier checkpoint of its run. Raises UsageError where that is of
+    other images, CheckpointError where it cannot be loaded."""
+    guide = load_trained(
+        checkpoint, device=trained.diffusion.device, half=trained.dtype is not None
+    )
+    names = ("img_size", "attributes", "prediction", "noise_schedule", "num_timesteps")
+    for name in names:
+        pair = guide.settings.get(name), trained.settings.get(name)
+        if pair[0] != pair[1]:
+            what = f"{guide.path}: its {name} is {pair[0]}, that of {trained.path} is {pair[1]}"
+            raise UsageError("--guide", what, "name an earlier checkpoint of the same run")
+    with open(guide.path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    model = Autoguided(trained.model, guide.model, strength)
+    return replace(trained, model=model, guided_by=f"{digest} {strength}")
 
 
 def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:

@@ -36,7 +36,7 @@ from device import DEVICES, find_device, keep_freed_memory
 from diffusion import draw_noise, image_generators
 from errors import UsageError
 from files import check_writable
-from generate import Trained, generate, load_trained, sample_loop, sheet
+from generate import Trained, add_guide, generate, load_trained, sample_loop, sheet
 from images import image_grid, save_image, to_uint8
 from samplers import SAMPLERS, SamplerError, check_sampler, is_deterministic
 from settings import check_ranges, constant
@@ -60,6 +60,8 @@ class SampleConfig:
     guidance: float = constant(1.0, least=0)  # how strongly: 1 as learned, 2 to 4 more so
     sheet: bool = False  # a row for each attribute on and off, num_images columns of the same noise
     interpolate: tuple[int, ...] = constant((), least=0)  # as 3 8: faces from image 3 to image 8
+    guide: str = ""  # an early checkpoint of the same run, to lead the images away from its errors
+    autoguidance: float = constant(1.5, least=1)  # how far it leads: 1 not at all, 2 far
     raw: bool = False  # generate with the weights as trained, not with their average (EMA)
     device: Literal[*DEVICES] = "auto"  # auto: cuda where there is one, else cpu; mps: untried
     out: str = "samples.png"  # .png: one grid; .gif: the way from noise to faces; else a folder
@@ -71,6 +73,8 @@ def sample(config: SampleConfig) -> Path:
     keep_freed_memory()
     trained = load_trained(config.checkpoint or None, config.raw, find_device(config.device))
     check_config(config, trained.diffusion.num_timesteps)
+    if config.guide:
+        trained = add_guide(trained, config.guide, config.autoguidance)
     attributes = read_condition(config, trained)
     out, numbers, columns, labels = Path(config.out), range(config.num_images), 0, []
     check_out(out)

@@ -24,7 +24,7 @@ from benchmarks.sample_speed import SampleSpeedConfig
 from benchmarks.train_speed import TrainSpeedConfig
 from errors import CheckpointError, UsageError, UserError
 from evaluate import EvaluateConfig
-from generate import generate, load_trained
+from generate import add_guide, generate, load_trained
 from sample import SampleConfig, main, noise_between, sample
 from samplers import SAMPLERS
 from train import Config, train
@@ -164,6 +164,33 @@ def test_interpolation_goes_from_one_image_to_the_other(run):
     assert gif.n_frames == 5
 
 
+EARLY = "run/checkpoints/step_00000003.pt"
+
+
+def test_guided_network_goes_from_its_early_self_through_itself_and_on(run):
+    late, early = load_trained("run", half=False), load_trained(EARLY, half=False)
+    x_t, t = torch.randn(2, 3, 8, 8), torch.tensor([3, 40])
+    good, bad = late.model(x_t, t), early.model(x_t, t)
+    assert not torch.equal(good, bad)
+    for strength in (1.0, 1.5, 2.0):
+        guided = add_guide(late, EARLY, strength)
+        torch.testing.assert_close(guided.model(x_t, t), good + (strength - 1) * (good - bad))
+
+
+def test_guide_changes_the_images_and_at_1_does_not(run):
+    plain = saved_images()
+    assert np.array_equal(saved_images(guide=EARLY, autoguidance=1.0), plain)
+    assert not np.array_equal(saved_images(guide=EARLY), plain)
+
+
+def test_guide_of_other_images_is_refused(run):
+    other = train(tiny(experiment_name="other", prediction="v"))
+    with pytest.raises(UsageError, match="^--guide: .*prediction is v, .* is eps"):
+        saved_images(guide=str(other))
+    with pytest.raises(CheckpointError):
+        saved_images(guide="nothing.pt")
+
+
 def test_noise_between_two_images_is_as_long_as_noise(run):
     noise = noise_between(load_trained(run), (0, 1), 9, seed=0)
     lengths = noise.flatten(1).norm(dim=1) / noise[0].numel() ** 0.5
@@ -184,6 +211,7 @@ def test_noise_between_two_images_is_as_long_as_noise(run):
         (["--interpolate", "1", "2", "--sampler", "ddpm"], "--sampler"),
         (["--condition", "Smiling"], "--condition"),
         (["--guidance", "2"], "--guidance"),
+        (["--autoguidance", "0.5"], "--autoguidance"),
         (["--sheet"], "--sheet"),
         (["--whatever"], "--whatever"),
     ],
