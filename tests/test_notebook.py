@@ -1,6 +1,7 @@
 """The tour, `ddpm_test.ipynb`: it runs, and what is committed is one clean run of it."""
 
 import ast
+import os
 import re
 
 import nbformat
@@ -47,7 +48,7 @@ def run(tmp_path_factory):
     (constants,) = [cell for cell in tour.cells if cell.source.startswith("DATA = ")]
     constants.source = 'DATA, SIZE, STEPS = "data", 8, 8\nATTRIBUTES = ("Smiling", "Eyeglasses")'
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(ROOT))
+        patch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("CUDA_VISIBLE_DEVICES", "")
         client = NotebookClient(tour, timeout=300, resources={"metadata": {"path": str(folder)}})
