@@ -159,7 +159,7 @@ class FolderLock:
             if getattr(error, "errno", errno.ENOSYS) not in LACKING:
                 raise disk_error(self.folder / "lock", error) from error
         if isinstance(self.lock, filelock.SoftFileLock) or not self.lock.is_locked:
-            _say_weaker(self.folder, "lock files: let no second run use the folder")
+            _say_weaker(self.folder.absolute(), "lock files: let no second run use the folder")
         try:
             self.pid = open(pid, "w", encoding="utf-8")
             self.pid.write(f"{os.getpid()}\n")

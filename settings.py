@@ -3,6 +3,7 @@
     @dataclass(frozen=True)
     class Config:
         seed: int = fixed(0, least=0)             # of everything random
+        learning_rate: float = steered(2e-4, above=0)  # of AdamW, at its highest
         save_every: int = free(5000, least=1)     # steps between two checkpoints
         ema_warmup: bool = fixed(True, before=False)  # a constant that older checkpoints lack
 
@@ -26,6 +27,13 @@ BOUNDS = {
 }
 
 
+# Whole numbers stay below it, as torch and numpy hold them in 64 bits.
+LARGEST = 2**63
+
+# What the table says of a constant that is ... when a run is resumed.
+KEPT = {"fixed": "stays", "free": "may change", "steered": "may change, with a note"}
+
+
 def constant(default: Any, **about: Any) -> Any:
     """A field of a dataclass of flags.
 
@@ -37,6 +45,12 @@ def constant(default: Any, **about: Any) -> Any:
 def free(default: Any, **limits: float) -> Any:
     """A constant that a resumed run may change: it says how a run goes on, not what it computes."""
     return constant(default, resume="free", **limits)
+
+
+def steered(default: Any, **limits: float) -> Any:
+    """A constant by which a run may be steered when it is resumed: after it has diverged, say. From
+    that step on it is another run than it was, which a note says."""
+    return constant(default, resume="steered", **limits)
 
 
 def fixed(default: Any, **about: Any) -> Any:
@@ -65,8 +79,11 @@ def check_ranges(config: Any) -> None:
         else:
             numbers = value if isinstance(value, tuple | list) else [value]
             allowed, good = _range(about), all(_inside(about, number) for number in numbers)
+            if any(isinstance(number, int) and number >= LARGEST for number in numbers):
+                allowed += " to below 2**63"
         if not good:
-            raise UsageError(f"--{about.name}", f"is {value!r}", f"give {allowed}")
+            shown = repr(value) if len(repr(value)) <= 80 else f"{repr(value)[:60]}..."
+            raise UsageError(f"--{about.name}", f"is {shown}", f"give {allowed}")
 
 
 def _bounds(about: Field) -> dict[str, float]:
@@ -76,6 +93,8 @@ def _bounds(about: Field) -> dict[str, float]:
 def _inside(about: Field, value: Any) -> bool:
     if not isinstance(value, int | float):
         return True
+    if isinstance(value, int) and abs(value) >= LARGEST:
+        return False
     holds = (BOUNDS[name][1](value, bound) for name, bound in _bounds(about).items())
     return math.isfinite(value) and all(holds)
 
@@ -116,6 +135,11 @@ def changes(config: Any, saved: dict) -> tuple[dict[str, tuple], dict[str, tuple
     return allowed, refused
 
 
+def is_steered(config: Any, name: str) -> bool:
+    """Whether the run goes another way where this constant changes."""
+    return type(config).__dataclass_fields__[name].metadata.get("resume") == "steered"
+
+
 def _is_fixed(about: Field) -> bool:
     return about.metadata.get("resume") == "fixed"
 
@@ -134,6 +158,6 @@ def markdown(cls: type) -> str:
         value = about.default
         text = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
         default = f"`{text}`" if text else ""
-        kept = "stays" if _is_fixed(about) else "may change"
+        kept = KEPT[about.metadata["resume"]]
         rows.append(f"| `--{about.name}` | {default} | {kept} | {meanings[about.name]} |")
     return "\n".join(rows)

@@ -47,7 +47,7 @@ from log import RunLog
 from optimizers import OPTIMIZERS
 from run import prepare_network, rehearse, set_up
 from safety import StopSignals, Watch, agreed_stop
-from settings import check_ranges, fixed, free
+from settings import check_ranges, fixed, free, steered
 from terminal import Progress, say
 from unet import check_shape
 from utils import (
@@ -77,7 +77,7 @@ class Config:
     num_res_blocks: int = fixed(2, least=1)  # residual blocks in a stage
     attn_resolutions: tuple[int, ...] = fixed((16, 12, 8))  # resolutions, in pixels, with attention
     head_dim: int = fixed(64, least=1)  # channels of an attention head
-    dropout: float = fixed(0.1, least=0, below=1)  # share of activations dropped in training
+    dropout: float = steered(0.1, least=0, below=1)  # share of activations dropped in training
     norm_groups: int = fixed(0, least=0)  # of every group norm; 0: up to 32, by its channels
     # The diffusion
     num_timesteps: int = fixed(1000, least=2)  # T, the steps of the forward process
@@ -88,10 +88,10 @@ class Config:
     batch_size: int = fixed(128, least=1)  # images in a forward pass on each device
     gradient_accumulation_steps: int = fixed(1, least=1)  # forward passes in an update
     optimizer: Literal[*OPTIMIZERS] = fixed("adamw")  # muon: much sooner there, in short runs
-    learning_rate: float = fixed(2e-4, above=0)  # at its highest; muon takes ten times adamw's
-    lr_schedule: Literal["constant", "cosine"] = fixed("constant")  # after warm-up; cosine: to 0
-    warmup_steps: int = fixed(5000, least=0)  # updates over which the learning rate rises from 0
-    max_grad_norm: float = fixed(1.0, above=0)  # length to which longer gradients are clipped
+    learning_rate: float = steered(2e-4, above=0)  # at its highest; muon takes ten times adamw's
+    lr_schedule: Literal["constant", "cosine"] = steered("constant")  # after warm-up; cosine: to 0
+    warmup_steps: int = steered(5000, least=0)  # updates over which the learning rate rises from 0
+    max_grad_norm: float = steered(1.0, above=0)  # length to which longer gradients are clipped
     ema_decay: float = fixed(0.9999, least=0, below=1)  # of the averaged weights, used to generate
     mixed_precision: Literal["fp16", "bf16", "no"] = free("fp16")  # on a CPU: bf16 if it can, or no
     compile: bool = free(True)  # torch.compile the network, on a CUDA GPU only

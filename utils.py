@@ -369,6 +369,9 @@ def take_up(state: State, path: Path, saved: dict, config, facts: dict) -> None:
     state.load_state_dict(saved, path)
     changed.pop("resume", None)
     say(f"resumed {path}" + (f"; changed: {_list(changed)}" if changed else ""))
+    if another_way := [name for name in changed if settings.is_steered(config, name)]:
+        names = ", ".join(another_way)
+        say(f"note: by {names} it is, from step {state.step} on, another run than it was")
 
 
 def _list(changes: dict[str, tuple]) -> str:

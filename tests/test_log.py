@@ -4,8 +4,8 @@ import sys
 
 import pytest
 
-import log
-from log import Progress
+import terminal as terminal_module
+from terminal import Progress
 from train import DEMO
 
 
@@ -13,7 +13,7 @@ from train import DEMO
 def clock(monkeypatch):
     """A clock that stands still but for what the test adds."""
     now = [100.0]
-    monkeypatch.setattr(log.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(terminal_module.time, "monotonic", lambda: now[0])
     return now
 
 
