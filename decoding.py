@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from errors import DataError, ResourceError, UserError
 
@@ -128,6 +128,8 @@ def decode_all(
 
 def _image_error(name: str, error: Exception) -> UserError:
     """The line for an image that could not be read or decoded."""
+    if isinstance(error, UserError):
+        return error
     number = getattr(error, "errno", None)
     if isinstance(error, MemoryError) or number == errno.ENOMEM:
         return ResourceError(name, "does not fit in the memory that is left", "end other programs")
@@ -137,5 +139,8 @@ def _image_error(name: str, error: Exception) -> UserError:
     if number:
         fix = "check the disk, the file and its permissions"
         return DataError(name, f"cannot be read ({error.strerror})", fix)
-    what = f"cannot be used as an image ({type(error).__name__}: {error})"
+    reason = f"{type(error).__name__}: {error}"
+    if isinstance(error, UnidentifiedImageError):  # its own words are of a buffer in memory
+        reason = "in no format that Pillow knows"
+    what = f"cannot be used as an image ({reason})"
     return DataError(name, what, "replace it or remove it")

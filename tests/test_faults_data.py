@@ -134,7 +134,7 @@ def test_a_jpeg_that_the_decoder_calls_damaged_is_refused_not_made_up(mode):
 def test_an_empty_file_or_a_web_page_as_an_image_names_the_file(data):
     make_folder(Path("mine"), 5)
     Path("mine/002.png").write_bytes(data)
-    assert "mine/002.png: " in refused("mine")
+    assert "mine/002.png: cannot be used as an image (in no format" in refused("mine")
 
 
 # ---- Kinds of images ----
@@ -650,7 +650,7 @@ def test_a_pipe_in_the_place_of_an_image_after_the_listing_is_named():
     Path("mine/1.jpg").write_bytes(b"")
     Path("mine/001.jpg").unlink()
     os.mkfifo("mine/001.jpg")
-    with pytest.raises(DataError, match="mine/001.jpg: is no file"):
+    with pytest.raises(DataError, match="^mine/001.jpg: is no file"):
         within_seconds(lambda: list(source.images(8)))
 
 
