@@ -144,7 +144,7 @@ def check_samplers(config: EvaluateConfig, num_timesteps: int) -> None:
     """Raise UsageError for one of --samplers that cannot be."""
     for text in config.samplers:
         sampler, _, steps = text.partition(":")
-        if not steps.isdecimal():
+        if not steps.isdecimal() or len(steps) > 9:
             raise UsageError("--samplers", f"is {text!r}", "write name:steps, such as dpm++:20")
         try:
             check_sampler(sampler, int(steps), num_timesteps=num_timesteps)

@@ -24,7 +24,7 @@ from files import write_atomically
 from images import image_grid, to_uint8
 from pretrained import open_weights
 from unet import UNet
-from utils import plain_keys
+from utils import plain_keys, reading
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def load_trained(
     device = torch.device(device or find_device())
     check_gpu(device)
     path, saved = open_weights(checkpoint)
-    try:
+    with reading(path, "take another checkpoint"):
         model = UNet(**saved["unet"])
         weights = saved["model"] if raw else saved["ema"]["model"]
         model.load_state_dict(plain_keys(weights))
@@ -80,11 +80,6 @@ def load_trained(
             raise ValueError("settings and network have other attributes")
         if not settings["img_size"] > 0:
             raise ValueError("img_size is not above 0")
-    except KeyError as error:
-        raise CheckpointError(path, f"lacks {error}", "take another checkpoint") from error
-    except Exception as error:  # whatever stands in place of arguments and weights
-        what = f"does not fit ({' '.join(str(error).split())[:300]})"
-        raise CheckpointError(path, what, "take another checkpoint") from error
     model = model.eval().requires_grad_(False).to(device)
     # What was trained in bf16 need not fit into fp16's range.
     trained_in = "bf16" if settings.get("mixed_precision") == "bf16" else "fp16"

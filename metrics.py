@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from errors import ResourceError, UsageError
+from errors import ResourceError, UsageError, is_out_of_memory
 from images import to_x_0
 from prepared import PREPARED, load_array, save_array
 from terminal import warn
@@ -62,6 +62,8 @@ class Features:
             with torch.no_grad():
                 vectors = self.function(batch)
         except (Exception, SystemExit) as error:  # somebody else's code
+            if is_out_of_memory(error):
+                raise
             raise self._wrong(f"fails on uint8 {tuple(batch.shape)}: {_reason(error)}") from error
         shape = tuple(getattr(vectors, "shape", ()))
         if not isinstance(vectors, Tensor) or len(shape) != 2 or shape[0] != len(batch):

@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 
 from diffusers_format import MAP, WEIGHTS, read_folder, weights_file
-from errors import CheckpointError, UsageError
+from errors import UsageError
 from terminal import say
 from unet import Attention, GroupNorm, UNet, default_channel_mults
-from utils import State, open_checkpoint, plain_keys
+from utils import State, open_checkpoint, plain_keys, reading
 
 SHIPPED = Path(__file__).resolve().parent / "weights"  # a folder for each name
 DEFAULT = "synthetic_32"
@@ -40,12 +40,10 @@ def start_from(state: State, path: Path, saved: dict, config) -> None:
     saved: what `open_weights` returns; config: of the new run. Where its attributes are others, the
     map of the attributes starts anew. Raises UsageError, with the flags that would fit, where the
     network is another one."""
-    try:
+    with reading(path, "take other weights"):
         weights, step = plain_keys(saved["ema"]["model"]), saved["step"]
         source, prediction = saved["unet"], saved["diffusion"]["prediction"]
         attributes = tuple(saved["settings"]["attributes"])
-    except KeyError as error:
-        raise CheckpointError(path, f"lacks {error}", "take other weights") from error
     with torch.device("meta"):
         if structure(UNet(**source)) != structure(state.model):
             what, fix = f"{path} holds another network", f"pass {fitting_flags(source, config)}"

@@ -10,7 +10,7 @@ import hashlib
 import io
 import re
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -234,6 +234,20 @@ def prune_checkpoints(newest: Path, keep: int) -> None:
             warn(f"{path} cannot be removed ({error.strerror}); the training goes on")
 
 
+@contextlib.contextmanager
+def reading(path: Path, fix: str) -> Iterator[None]:
+    """What is missing or does not fit of the contents of a checkpoint becomes a CheckpointError."""
+    try:
+        yield
+    except KeyError as error:
+        raise CheckpointError(path, f"lacks {error}", fix) from error
+    except Exception as error:  # whatever stands in place of arguments and weights
+        if is_out_of_memory(error):
+            raise
+        what = f"does not fit ({' '.join(str(error).split())[:300]})"
+        raise CheckpointError(path, what, fix) from error
+
+
 def plain_keys(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """A state dict without the prefixes that DistributedDataParallel and torch.compile add."""
     return {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in weights.items()}
@@ -266,7 +280,7 @@ class State:
 
     def load_state_dict(self, saved: dict, path: Path) -> None:
         """Go on from what `path` held. Raises CheckpointError where something does not fit."""
-        try:
+        with reading(path, "resume from another checkpoint"):
             self.model.load_state_dict(plain_keys(saved["model"]))
             ema = saved["ema"]
             self.ema.load_state_dict({**ema, "model": plain_keys(ema["model"])})
@@ -276,13 +290,6 @@ class State:
             else:
                 say("note: resumed in another precision, so the loss scale starts afresh")
             self.step, self.history = saved["step"], [list(point) for point in saved["history"]]
-        except KeyError as error:
-            what, fix = f"lacks {error}", "resume from another checkpoint"
-            raise CheckpointError(path, what, fix) from error
-        except (RuntimeError, ValueError) as error:
-            what = f"does not fit ({' '.join(str(error).split())[:300]})"
-            fix = "pass the settings it was trained with"
-            raise CheckpointError(path, what, fix) from error
 
 
 def make_state(config, device: torch.device, fp16: bool, base: dict | None = None) -> State:

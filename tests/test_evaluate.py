@@ -225,6 +225,7 @@ def test_faces_come_in_the_checkpoints_size(run):
         (dict(samplers=("dpm++",)), 2, "--samplers"),
         (dict(samplers=("euler:5",)), 2, "--samplers"),
         (dict(samplers=("ddpm:51",)), 2, "--samplers"),
+        (dict(samplers=("dpm++:" + "9" * 400,)), 2, "--samplers"),
         (dict(samplers=("ddim:5", "ddim:5")), 2, "--samplers"),
         (dict(features="absent:load"), 2, "--features"),
         (dict(features="json:dumps"), 2, "--features"),

@@ -22,7 +22,7 @@ from benchmarks.data_speed import DataSpeedConfig
 from benchmarks.quality import QualityConfig
 from benchmarks.sample_speed import SampleSpeedConfig
 from benchmarks.train_speed import TrainSpeedConfig
-from errors import CheckpointError, UsageError, UserError
+from errors import CheckpointError, UsageError, UserError, is_out_of_memory
 from evaluate import EvaluateConfig
 from generate import add_guide, generate, load_trained
 from sample import SampleConfig, main, noise_between, sample
@@ -337,6 +337,22 @@ def test_where_nothing_can_be_saved_is_found_before_generating(run, monkeypatch,
     with pytest.raises(UserError) as error:
         sample(SampleConfig("run", num_images=2, steps=2, out=out))
     assert error.value.exit_code == code and "Fix: " in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [dict(num_images=10**12), dict(num_images=10**12, interpolate=(0, 1)), dict(steps=10**12)],
+)
+def test_out_of_memory_is_known_as_such_before_generating(run, monkeypatch, changes):
+    monkeypatch.setattr("generate.UNet.forward", lambda *_: pytest.fail("generates"))
+    with pytest.raises(Exception) as error:
+        sample(SampleConfig("run", **changes))
+    assert is_out_of_memory(error.value)
+
+
+def test_out_of_memory_is_one_line_that_names_what_to_lower(run):
+    result = run_script("sample.py", "--num_images", str(10**12), timeout=500)
+    assert_error(result, 5, "memory", "--num_images")
 
 
 def test_images_of_two_commands_do_not_mix_in_a_folder(run):
