@@ -4,6 +4,7 @@ import copy
 import os
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ import run as run_module
 import train as train_module
 from benchmarks import memory, peers
 from benchmarks.peers import random_faces
+from benchmarks.sample_speed import random_network
 from dataset import Batches
 from device import (
     OLD_GPUS,
@@ -341,3 +343,49 @@ def test_what_is_counted_as_kept_is_kept(monkeypatch):
 
 def test_the_batch_that_fits_is_the_largest_power_of_two():
     assert [memory.largest_batch(gpu * 1e9, 1e9, 0.1e9) for gpu in (2, 3, 8)] == [0, 4, 32]
+
+
+# On a GPU itself ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["cuda", pytest.param("cpu", marks=pytest.mark.slow)])
+def device(request, kept_settings):
+    """The GPU where there is one; and the CPU, so that these tests are right when there is."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    return torch.device(request.param)
+
+
+@pytest.mark.parametrize("dtype, near", [(None, 1e-3), (torch.bfloat16, 0.1)])
+def test_the_network_computes_what_it_does_on_the_cpu(device, dtype, near):
+    network = random_network(peers.make_config(16, 64, (1, 2), num_res_blocks=1)).eval()
+    x_t, t = torch.randn(3, 3, 16, 16), torch.tensor([0, 500, 999])
+    torch.set_float32_matmul_precision("highest")
+    with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        expected = network(x_t, t)
+        network.to(device)
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            output = network(x_t.to(device), t.to(device)).float().cpu()
+    assert expected.std() > 0.1
+    assert (output - expected).abs().max() < near * expected.abs().max()
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "no"])
+def test_updates_on_the_device_stay_there_and_learn(device, precision):
+    config = peers.make_config(8, 64, (1,), batch_size=8, mixed_precision=precision)
+    ours = peers.Ours(replace(config, warmup_steps=0, learning_rate=1e-3, compile=False), device)
+    ours.step()
+    waits = ours.synchronises() if device.type == "cuda" else ""
+    first = ours.watch.read(1, lambda totals: totals)["loss"]
+    for _ in range(20):
+        ours.step()
+    assert not waits and ours.watch.read(21, lambda totals: totals)["loss"] < first
+    parts = ours.state.model.state_dict(), ours.state.ema.state_dict(), ours.state.optimizer.state
+    assert {tensor.device.type for _, tensor in tensors_in(parts)} == {device.type}
+
+
+def test_a_run_on_the_device_is_saved_and_resumed(device, here):
+    config = tiny(device=device.type, num_training_steps=2, mixed_precision="fp16")
+    train_module.train(config)
+    train_module.train(replace(config, num_training_steps=3, resume=True))
+    assert (here / "run" / "checkpoints" / "step_00000003.pt").exists()
