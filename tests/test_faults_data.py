@@ -646,6 +646,7 @@ def test_a_path_that_cannot_be_is_not_there(name):
 
 
 def test_a_pipe_in_the_place_of_an_image_after_the_listing_is_named():
+    needs_posix()
     source = sources.find_source(make_folder(Path("mine"), 3))
     Path("mine/1.jpg").write_bytes(b"")
     Path("mine/001.jpg").unlink()

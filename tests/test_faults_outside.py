@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, assert_error, flags, run_script, tiny
+from conftest import ROOT, TINY, assert_error, flags, needs_posix, run_script, tiny
 
 import cli
 import log
@@ -110,6 +110,7 @@ def test_log_that_cannot_be_written_costs_no_step_and_is_said_once(here, monkeyp
 
 
 def test_step_is_saved_before_it_is_logged(here, monkeypatch):
+    needs_posix()
     monkeypatch.setattr(log.RunLog, "scalars", lambda *_: os._exit(137))
     pid = os.fork()
     if pid == 0:
@@ -157,6 +158,7 @@ def test_experiment_needs_a_folder_of_its_own(name):
 def test_disk_without_locks_that_cannot_be_synced_is_used_with_a_line(
     here, monkeypatch, capsys, number
 ):
+    needs_posix()
     import fcntl
 
     def refuse(code):
@@ -189,6 +191,7 @@ def test_disk_without_locks_that_cannot_be_synced_is_used_with_a_line(
 def test_signals_that_announce_an_end_save_and_stop_however_often_they_come(
     here, monkeypatch, numbers
 ):
+    needs_posix()
     before_step(monkeypatch, 2, lambda: [os.kill(os.getpid(), number) for number in numbers])
     pid = os.fork()
     if pid == 0:
@@ -202,6 +205,7 @@ def test_signals_that_announce_an_end_save_and_stop_however_often_they_come(
 
 
 def test_ctrl_c_while_importing_ends_without_a_traceback():
+    needs_posix()
     command = [sys.executable, "-X", "importtime", str(ROOT / "train.py"), "--help"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, stdout=-3)
     for line in process.stderr:

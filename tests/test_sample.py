@@ -12,7 +12,7 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 import torch
-from conftest import assert_error, run_script, tensors_equal, tiny
+from conftest import assert_error, needs_posix, run_script, tensors_equal, tiny
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -291,6 +291,7 @@ def test_newest_good_checkpoint_of_a_run_is_taken_and_named(run, capsys):
 
 
 def test_dead_links_among_the_runs_are_no_runs(run, here):
+    needs_posix()
     (here / "gone" / "checkpoints").mkdir(parents=True)
     (here / "gone" / "checkpoints" / "step_00000009.pt").symlink_to("nowhere.pt")
     assert load_trained(None).step == 6

@@ -25,9 +25,10 @@ from errors import UsageError
 from train import train
 
 CODE = [*ROOT.glob("*.py"), *ROOT.glob("benchmarks/*.py")]
+CODE = [path for path in CODE if not path.stem.startswith("gpu")]  # for a GPU's machine, Linux
 POSIX_MODULES = "fcntl|grp|posix|pwd|resource|termios|tty"
 POSIX_CALLS = r"os\.(fork|kill\w*|getloadavg|uname|mkfifo|chown|geteuid|sched_\w+|wait\w*)\("
-POSIX_SIGNALS = r"signal\.SIG(?!INT\b|TERM\b)"
+POSIX_SIGNALS = r"signal\.SIG(?!INT\b|TERM\b|_)"
 
 
 @pytest.mark.parametrize("path", CODE, ids=lambda path: path.name)
