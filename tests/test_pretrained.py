@@ -89,6 +89,17 @@ def test_nothing_given_means_the_newest_run_or_what_is_shipped(there, monkeypatc
         open_weights(None)
 
 
+@pytest.mark.parametrize("folder", sorted(pretrained.SHIPPED.glob("*/unet")))
+def test_weights_that_come_with_the_program_are_small_and_loaded_by_diffusers_too(folder):
+    folder = folder.parent
+    assert sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) < 10_000_000
+    ours = load_trained(folder.name, half=False, device="cpu").model
+    theirs = DDPMPipeline.from_pretrained(folder).unet
+    x, t = torch.randn(2, 3, ours.img_size, ours.img_size), torch.tensor([0, 500])
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x, t), theirs(x, t).sample, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("given", ["nothing", "pictures", "pictures/000.png"])
 def test_what_holds_no_weights_is_one_line(there, given):
     with pytest.raises(CheckpointError, match=given):
