@@ -152,7 +152,9 @@ class FolderLock:
         except FileExistsError as error:
             raise refused(f"{self.folder} is a file", "choose another name") from error
         except filelock.Timeout as error:
-            holder = pid.read_text(encoding="utf-8").strip() if pid.exists() else "not known"
+            holder = "not known"
+            with contextlib.suppress(OSError):
+                holder = pid.read_text(encoding="utf-8", errors="replace").strip()
             what = f"{self.folder} is in use by the run with pid {holder}"
             raise refused(what, "choose another, or stop that run") from error
         except (OSError, NotImplementedError) as error:

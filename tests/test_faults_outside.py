@@ -21,6 +21,7 @@ import log
 import train as train_module
 from diffusion import Diffusion
 from errors import Interrupted, UsageError
+from files import FolderLock
 from train import Config, check_config, train
 from utils import checkpoint_path, list_checkpoints, load_checkpoint
 
@@ -172,6 +173,13 @@ def test_disk_without_locks_that_cannot_be_synced_is_used_with_a_line(
     train(tiny())
     errors = capsys.readouterr().err
     assert steps() == [6, 3] and "its disk cannot be synced" in errors and "lock files" in errors
+
+
+def test_folder_that_is_held_is_refused_whatever_its_pid_file_holds(tmp_path):
+    with FolderLock(tmp_path):
+        (tmp_path / "lock.pid").write_bytes(b"\xff\xfe")
+        with pytest.raises(UsageError, match="is in use by the run with pid"):
+            FolderLock(tmp_path).__enter__()
 
 
 # Signals -----------------------------------------------------------------------------------------
