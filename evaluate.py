@@ -208,7 +208,7 @@ def generate_missing(config, trained: Trained, faces: Faces, text: str, files) -
         attributes = torch.from_numpy(faces.attributes[drawn])
     missing = [(numbers, path) for numbers, path in files if not path.exists()]
     count = sum(len(numbers) for numbers, _ in missing)
-    with tqdm(total=count, desc=text, unit="image", unit_scale=True, disable=None) as bar:
+    with tqdm(total=count, desc=text, unit="image", disable=None) as bar:
         for numbers, path in missing:
             if attributes is not None:
                 options["attributes"] = attributes[numbers.start : numbers.stop]

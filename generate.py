@@ -173,9 +173,10 @@ def generate(
         part = slice(start, start + batch_size)
         options["attributes"] = None if attributes is None else attributes[part]
         options["x_T"] = None if x_T is None else x_T[part]
-        for _, images in sample_loop(trained, numbers[part], seed, steps=steps, **options):
-            if bar is not None:
-                bar.update(len(images) / steps)
+        loop = sample_loop(trained, numbers[part], seed, steps=steps, **options)
+        for i, (_, images) in enumerate(loop):
+            if bar is not None:  # whole images' worth of what is done
+                bar.update(len(images) * (i + 1) // steps - len(images) * i // steps)
         yield images
 
 

@@ -91,7 +91,7 @@ def sample(config: SampleConfig) -> Path:
         columns = config.num_images
         labels, numbers, options["attributes"] = sheet(trained.attribute_names, columns, attributes)
 
-    with tqdm(total=len(numbers), unit="image", unit_scale=True, disable=None) as bar:
+    with tqdm(total=len(numbers), unit="image", disable=None) as bar:
         options |= dict(batch_size=config.batch_size, bar=bar)
         batches = generate(trained, numbers, **options)
         if not out.suffix:

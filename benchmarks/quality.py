@@ -36,7 +36,7 @@ from dataset import Batches, Faces, load_faces
 from device import autocast_dtype
 from errors import UsageError
 from evaluate import EvaluateConfig
-from files import save_json
+from files import check_writable, save_json
 from generate import Generated, batch_files, keep_generated, load_trained, read_generated
 from metrics import find_features
 from settings import check_ranges, constant
@@ -184,6 +184,7 @@ def check_config(config: QualityConfig) -> None:
 def compare(config: QualityConfig) -> Path:
     """Train, generate, measure. Returns the path of quality.json. Raises UserError."""
     check_config(config)
+    check_writable(Path(config.out) / "quality.json", "--out")
     device = find_device(config.device)
     trained = load_trained(config.checkpoint or None, device=device.type)
     settings = trained.settings

@@ -1,7 +1,10 @@
 """What is said of a checkpoint: complete, repeatable, and never of the wrong images."""
 
+import io
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import fields, replace
 
 import numpy as np
@@ -298,6 +301,20 @@ def test_default_draws_are_few_and_their_error_is_small(run):
     assert 0 < error < usual and abs(bits - expected) < 4 * (error**2 + usual**2) ** 0.5
 
 
+class Terminal(io.StringIO):
+    """Takes what is shown in a terminal."""
+
+    def isatty(self):
+        return True
+
+
+def test_every_part_that_takes_long_shows_progress(run, monkeypatch):
+    monkeypatch.setattr("sys.stderr", Terminal())
+    evaluate(SMALL)
+    for part in ("dpm++:2:", "held-out loss:", "nearest by pixels:", "features:", "distances:"):
+        assert f"{part} 100%" in sys.stderr.getvalue(), part
+
+
 def test_without_a_gpu_no_distances_are_measured_unless_asked_for(run, capsys):
     evaluate(replace(SMALL, features="", loss_draws=0, device="cpu"))
     assert "--features inception" in capsys.readouterr().out
@@ -324,9 +341,6 @@ def test_all_that_is_written_is_json(here):
 
 
 def test_two_processes_generate_just_as_many_images(run):
-    import subprocess
-    import sys
-
     config = replace(SMALL, num_images=14)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     command += [str(ROOT / "evaluate.py"), *as_flags(config)]
