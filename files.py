@@ -123,7 +123,8 @@ class FolderLock:
         mine = self._is_mine()
         self.pid.close()
         if mine:
-            Path(self.pid.name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # what ended the run says more
+                Path(self.pid.name).unlink(missing_ok=True)
         self.lock.release()
 
     def check(self) -> None:

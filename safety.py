@@ -99,7 +99,8 @@ def preflight(
     try:
         save(trial)
     finally:
-        trial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the error says more
+            trial.unlink(missing_ok=True)
 
 
 class Watch:

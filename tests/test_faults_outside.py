@@ -20,7 +20,7 @@ import cli
 import log
 import train as train_module
 from diffusion import Diffusion
-from errors import Interrupted, UsageError
+from errors import Interrupted, ResourceError, UsageError
 from files import FolderLock
 from train import Config, check_config, train
 from utils import checkpoint_path, list_checkpoints, load_checkpoint
@@ -180,6 +180,20 @@ def test_folder_that_is_held_is_refused_whatever_its_pid_file_holds(tmp_path):
         (tmp_path / "lock.pid").write_bytes(b"\xff\xfe")
         with pytest.raises(UsageError, match="is in use by the run with pid"):
             FolderLock(tmp_path).__enter__()
+
+
+def test_disk_that_turns_read_only_is_named_by_what_failed_first(here, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    def turn():
+        for call in ("replace", "unlink"):
+            monkeypatch.setattr(os, call, refuse)
+        monkeypatch.setattr(Path, "unlink", refuse)
+
+    before_step(monkeypatch, 2, turn)
+    with pytest.raises(ResourceError, match="step_00000003.pt: cannot be written"):
+        train(tiny())
 
 
 # Signals -----------------------------------------------------------------------------------------
