@@ -233,7 +233,7 @@ def test_map_of_the_attributes_is_kept_where_they_are_the_same(before, now, kept
 def test_network_of_another_shape_is_refused_with_the_flags_that_fit(there):
     words = flags({**vars(tiny(**WIDE)), "experiment_name": "new", "init_from": "folder"})
     words += ["--img_size", "16", "--channels", "32"]
-    wanted = "--channels 64 --attn_resolutions 8"
+    wanted = "--channels 64 --norm_groups 32 --attn_resolutions 8"
     assert_error(run_script("train.py", *words), 2, "--init_from", "another network", wanted)
     words += wanted.split()
     result = run_script("train.py", *words, "--num_training_steps", "1")
