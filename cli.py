@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import tyro
 
-from errors import Interrupted, UsageError, UserError, is_out_of_memory
+from errors import Interrupted, OtherFailed, UsageError, UserError, is_out_of_memory
 from terminal import open_streams, say
 
 
@@ -60,7 +60,7 @@ def run(
         code = 0
     except UserError as error:
         code = fail(str(error), error.exit_code)
-    except Interrupted as stop:
+    except (Interrupted, OtherFailed) as stop:
         code = stop.exit_code
     except KeyboardInterrupt:
         code = 130
@@ -75,7 +75,8 @@ def run(
 
 def fail(text: str, code: int) -> int:
     """Print the one line of an error; returns the exit code."""
-    say("error: " + " ".join(text.split()), sys.stderr)
+    rank = f"rank {os.environ['RANK']}: " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+    say(f"error: {rank}{' '.join(text.split())}", sys.stderr)
     return code
 
 

@@ -138,44 +138,44 @@ def _key(source: Source, img_size: int) -> str:
 
 
 class Batches:
-    """The batches of one process, each a function of (seed, index, rank, world size) alone.
+    """The batches of a run, numbered 0, 1, ..., each a function of (seed, number) alone: a run is
+    the same however its processes share them.
 
-    An epoch is a permutation drawn from (seed, epoch); the processes take slices of it in turn.
-    The fewer than a batch that are left over come up in other epochs. Where the faces fit into a
-    quarter of the free CUDA memory they live there; else a thread reads one batch ahead.
-    Raises DataError where there are fewer faces than one batch of all processes."""
+    An epoch is a permutation drawn from (seed, epoch), cut into batches. The fewer than a batch
+    that are left over come up in other epochs. Where the faces fit into a quarter of the free CUDA
+    memory they live there; else a thread reads one batch ahead. stride: from one batch of this
+    process to its next. Raises DataError where there are fewer faces than a batch."""
 
     def __init__(
         self,
         faces: Faces,
         batch_size: int,
         seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
         device: str | torch.device = "cpu",
+        stride: int = 1,
     ):
         self.faces, self.batch_size, self.seed = faces, batch_size, seed
-        self.rank, self.world_size, self.device = rank, world_size, torch.device(device)
-        self.per_epoch = len(faces.train) // (batch_size * world_size)
+        self.device, self.stride = torch.device(device), stride
+        self.per_epoch = len(faces.train) // batch_size
         if self.per_epoch == 0:
-            what = f"{batch_size} for each of {world_size} processes"
-            what += f" is more than the {len(faces.train)} faces to train on"
+            what = f"{batch_size} is more than the {len(faces.train)} faces to train on"
             raise DataError("--batch_size", what, "lower it, or add images")
         self.attributes = torch.from_numpy(faces.attributes[faces.train]).to(self.device)
         self.cuda = self.device.type == "cuda"
         self.resident = self._move_to_device() if self.cuda else None
         self.epoch, self.order = -1, np.empty(0, np.int64)  # the permutation of one epoch
-        self.thread, self.ahead = ThreadPoolExecutor(1), {}  # index -> Future of `_read`
+        self.thread, self.ahead = ThreadPoolExecutor(1), {}  # number -> Future of `_read`
 
-    def __call__(self, index: int) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, number: int) -> tuple[Tensor, Tensor | None]:
         """Return x_0, (B, 3, H, W) float32 in [-1, 1], half of it mirrored, and the attributes,
-        (B, K) float32 or None where K is 0. index: step * accumulation steps + micro-batch."""
+        (B, K) float32 or None where K is 0."""
         if self.cuda and self.resident is None:
-            batch = self.ahead.get(index) or self.thread.submit(self._read, index)
-            self.ahead = {index + 1: self.thread.submit(self._read, index + 1)}
+            batch = self.ahead.get(number) or self.thread.submit(self._read, number)
+            following = number + self.stride
+            self.ahead = {following: self.thread.submit(self._read, following)}
             picks, pixels = batch.result()
         else:
-            picks, pixels = self._read(index)
+            picks, pixels = self._read(number)
         places, mirrored = picks.to(self.device, non_blocking=True)
         if self.resident is not None:
             pixels = self.resident[places]
@@ -194,18 +194,17 @@ class Batches:
             resident[start : start + len(part)] = part
         return resident
 
-    def _read(self, index: int) -> tuple[Tensor, Tensor | None]:
+    def _read(self, number: int) -> tuple[Tensor, Tensor | None]:
         """Return which faces and whether they are mirrored, (2, B) int64, and their pixels,
         (B, H, W, 3) uint8, or None where the device has them. For CUDA both are in pinned memory,
         from which the copy does not block."""
-        epoch, turn = divmod(index, self.per_epoch)
+        epoch, turn = divmod(number, self.per_epoch)
         if epoch != self.epoch:
             random = np.random.default_rng([self.seed, epoch])
             self.epoch, self.order = epoch, random.permutation(len(self.faces.train))
-        start = (turn * self.world_size + self.rank) * self.batch_size
-        places = self.order[start : start + self.batch_size]
+        places = self.order[turn * self.batch_size : (turn + 1) * self.batch_size]
         # The 1 keeps these apart from the permutations: trailing zeros would not count.
-        mirrored = np.random.default_rng([self.seed, index, self.rank, 1]).random(len(places)) < 0.5
+        mirrored = np.random.default_rng([self.seed, number, 0, 1]).random(len(places)) < 0.5
         picks, pixels = torch.from_numpy(np.stack([places, mirrored])), None
         if self.resident is None:
             check_not_cut(self.faces.images)

@@ -69,3 +69,9 @@ class Interrupted(BaseException):
     def __init__(self, signal_number: int):
         super().__init__(f"stopped by signal {signal_number}")
         self.exit_code = 128 + signal_number
+
+
+class OtherFailed(BaseException):
+    """Another process of the run has failed and says why; this one ends without a word."""
+
+    exit_code = 5

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor, nn
 
@@ -19,10 +18,12 @@ from files import save_json
 from generate import sample_grid
 from likelihood import held_out_loss
 from pretrained import open_weights, start_from
+from processes import Processes
 from safety import StopSignals, preflight
 from terminal import say
 from utils import (
     State,
+    check_split,
     diffusion_arguments,
     fill_config,
     make_state,
@@ -67,43 +68,51 @@ class Run(NamedTuple):
         return {"held_out_loss": float(losses.mean())}
 
 
-def set_up(config, accelerator: Accelerator) -> Run:
-    """The faces, the network, and where the run stood."""
-    folder, device = Path(config.experiment_name), accelerator.device
-    rank, world_size = accelerator.process_index, accelerator.num_processes
-    found = open_run(folder, config.resume)
+def set_up(config, processes: Processes) -> Run:
+    """The faces, the network, and where the run stood: rank 0 knows, the others learn it from it.
+    Raises UserError, by kind."""
+    folder, device = Path(config.experiment_name), processes.device
+    found = processes.share(open_run(folder, config.resume) if processes.is_main else None)
     if found:
         config = fill_config(config, *found)
-    origin = open_weights(config.init_from) if config.init_from and not found else None
+    origin = None
+    if config.init_from and not found:
+        origin = processes.share(open_weights(config.init_from) if processes.is_main else None)
     base = (found or origin or (None, {}))[1].get("unet")
-    with accelerator.main_process_first():
+    with processes.first_of_each_machine_first():
         faces = load_faces(config.path_to_data, config.img_size, config.only, config.attributes)
-    batches = Batches(faces, config.batch_size, config.seed, rank, world_size, device)
+    batches = Batches(faces, config.batch_size, config.seed, device, stride=processes.world_size)
     diffusion = Diffusion(**diffusion_arguments(config), device=device)
     dtype = autocast_dtype(config.mixed_precision, device)
     state = make_state(config, device, dtype == torch.float16, base)
-    facts = {"world_size": world_size, "faces": faces.fingerprint}
+    facts = {"faces": faces.fingerprint}
     networks = {"unet": unet_arguments(config, base), "diffusion": diffusion_arguments(config)}
-    about = {"settings": asdict(config) | facts, **networks}
+    split = {"world_size": processes.world_size}
+    split["micro_batches"] = config.gradient_accumulation_steps * processes.world_size
+    about = {"settings": asdict(config) | facts | split, **networks}
     if found:
         was = found[1]["settings"]
         if faces.matches(was.get("faces", "")):  # maybe by an older kind of checksum
             was["faces"] = faces.fingerprint
+        check_split(*found, split)
         take_up(state, *found, config, facts)
     elif origin:
         start_from(state, *origin, config)
+    own = ("experiment_name", "path_to_data", "resume")  # may differ from machine to machine
+    shared = {name: value for name, value in about["settings"].items() if name not in own}
+    processes.agree({"step": state.step} | shared)
     return Run(config, folder, faces, batches, diffusion, dtype, state, about)
 
 
-def rehearse(run: Run, accelerator: Accelerator, stop: StopSignals) -> None:
+def rehearse(run: Run, processes: Processes, stop: StopSignals) -> None:
     """Say what is trained on what; find out now what would fail later."""
-    config, device, model = run.config, accelerator.device.type, run.state.model
+    config, device, model = run.config, processes.device, run.state.model
     used = str(run.dtype or torch.float32).removeprefix("torch.")
-    if note := precision_note(config.mixed_precision, run.dtype, accelerator.device):
+    if note := precision_note(config.mixed_precision, run.dtype, device):
         say(note)
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     say(run.faces.description)
-    say(f"{millions:.1f} M weights in {used} on {accelerator.num_processes} x {device}")
+    say(f"{millions:.1f} M weights in {used} on {processes.world_size} x {device.type}")
     size = sum(p.nbytes for p in model.parameters())
     needed = (config.keep_checkpoints + 1) * size * 4  # weights, EMA, two moments of Adam's
     sample = partial(run.sample, stop, config.num_samples, steps=1)  # as large as it will be
@@ -112,17 +121,19 @@ def rehearse(run: Run, accelerator: Accelerator, stop: StopSignals) -> None:
 
 
 def prepare_network(
-    run: Run, accelerator: Accelerator, loss: Callable[[nn.Module], Tensor]
+    run: Run, processes: Processes, loss: Callable[[nn.Module], Tensor]
 ) -> nn.Module:
     """The network as the step calls it: distributed, on a GPU compiled.
 
     loss: of the first batch, by the network it is given. Raises ResourceError."""
-    forward = accelerator.prepare_model(run.state.model)
-    if run.config.compile and accelerator.device.type == "cuda":
-        talks = accelerator.is_main_process
-        if talks:
-            say("compiling the network, a minute or two; --no_compile does without")
+    forward = processes.distribute(run.state.model)
+    if run.config.compile and processes.device.type == "cuda":
+        say("compiling the network, a minute or two; --no_compile does without")
         seconds = compile_network(forward, lambda: loss(forward))
-        if talks:
-            say(f"compiled in {seconds:.0f} s")
+        say(f"compiled in {seconds:.0f} s")
+    elif processes.world_size > 1:
+        # After the first exchange DDP orders the gradients anew, and in another order several add
+        # up to other roundings: let that be over, or a resumed run would differ in one step.
+        loss(forward).backward()
+        forward.zero_grad()
     return forward

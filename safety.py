@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from errors import DivergedError, Interrupted, ResourceError
@@ -31,10 +30,15 @@ class StopSignals:
 
     As a context manager it takes the handlers over, and gives them back at the end. Until
     `deferred` is set a signal raises Interrupted where it finds the program; from then on it only
-    sets `received`, for the loop to look at between steps."""
+    sets `received`, for the loop to look at between steps.
 
-    def __init__(self):
+    several: this process is one of several, whose launcher hands on what it gets: then a Ctrl-C
+    counts as the second one only two seconds after the first."""
+
+    def __init__(self, several: bool = False):
+        self.several = several
         self.received = 0
+        self.since = 0.0  # when it came
         self.deferred = False
         self._before = {}
 
@@ -51,25 +55,14 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _handle(self, number: int, _frame) -> None:
+        now = time.monotonic()
         if self.received:
-            if number == signal.SIGINT and time.monotonic() - self.since > 0.1:  # a launcher's echo
+            if number == signal.SIGINT and now - self.since > (2 if self.several else 0.1):
                 os._exit(128 + number)
             return
-        self.received, self.since = number, time.monotonic()
+        self.received, self.since = number, now
         if not self.deferred:
             raise Interrupted(number)
-
-
-def agreed_stop(stop: StopSignals, accelerator: Accelerator, step: int) -> int:
-    """The signal that all processes stop for after this step, or 0. Several processes compare notes
-    every tenth step only, since that makes them wait for the device."""
-    if accelerator.num_processes == 1:
-        return stop.received
-    if step % 10:
-        return 0
-    received = torch.tensor(stop.received, device=accelerator.device)
-    torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX)
-    return int(received)
 
 
 def preflight(

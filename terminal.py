@@ -37,7 +37,9 @@ def open_streams() -> None:
 
 
 def say(text: str, file=None) -> None:
-    """Print a line where somebody may read it."""
+    """Print a line where somebody may read it; on stdout only rank 0 of several processes does."""
+    if file is None and os.environ.get("RANK", "0") != "0":
+        return
     with contextlib.suppress(OSError, ValueError):
         print(text, file=file or sys.stdout, flush=True)
 

@@ -27,14 +27,12 @@ import math
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor
 
 import cli
@@ -45,8 +43,9 @@ from errors import Interrupted, UsageError
 from files import FolderLock
 from log import RunLog
 from optimizers import OPTIMIZERS
+from processes import Processes
 from run import prepare_network, rehearse, set_up
-from safety import StopSignals, Watch, agreed_stop
+from safety import StopSignals, Watch
 from settings import check_ranges, fixed, free, steered
 from terminal import Progress, say
 from unet import check_shape
@@ -86,7 +85,7 @@ class Config:
     # The training
     num_training_steps: int = free(500_000, least=1)  # optimiser updates in the whole run
     batch_size: int = fixed(128, least=1)  # images in a forward pass on each device
-    gradient_accumulation_steps: int = fixed(1, least=1)  # forward passes in an update
+    gradient_accumulation_steps: int = free(1, least=1)  # passes in an update, by each process
     optimizer: Literal[*OPTIMIZERS] = fixed("adamw")  # muon: much sooner there, in short runs
     learning_rate: float = steered(2e-4, above=0)  # at its highest; muon takes ten times adamw's
     lr_schedule: Literal["constant", "cosine"] = steered("constant")  # after warm-up; cosine: to 0
@@ -104,9 +103,6 @@ class Config:
     save_every: int = free(5000, least=1)  # steps between two checkpoints
     keep_checkpoints: int = free(3, least=1)  # newest checkpoints that are kept
 
-
-# How long a process waits for the others, as while the first prepares the faces.
-PROCESS_TIMEOUT = timedelta(minutes=60)
 
 # What to do where memory does not suffice.
 MEMORY = "lower --batch_size (and raise --gradient_accumulation_steps), --num_samples, "
@@ -170,35 +166,39 @@ def learning_rate(config: Config, step: int) -> float:
     return config.learning_rate * warmup * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def loss_of(config, diffusion, batches, dtype, rank, index: int, forward) -> Tensor:
-    """The loss of this process's micro-batch `index`, a scalar, with random numbers of its own."""
-    torch.manual_seed(seed_of(config.seed, index, rank, 1))  # dropout
+def loss_of(config, diffusion, batches, dtype, number: int, forward) -> Tensor:
+    """The loss of micro-batch `number` of the run, a scalar, with random numbers of its own."""
+    torch.manual_seed(seed_of(config.seed, number, 0, 1))  # dropout
     generator = torch.Generator(diffusion.device)
-    generator.manual_seed(seed_of(config.seed, index, rank, 2))  # timesteps, noise
-    x_0, attributes = batches(index)
+    generator.manual_seed(seed_of(config.seed, number, 0, 2))  # attributes, timesteps, noise
+    x_0, attributes = batches(number)
     if attributes is not None:
         attributes = drop_attributes(attributes, config.attribute_dropout, generator)
     with torch.autocast(diffusion.device.type, dtype, enabled=dtype is not None):
         return diffusion.loss(forward, x_0, generator, attributes)
 
 
-def train_step(config, state, diffusion, batches, forward, dtype, rank=0) -> tuple[Tensor, Tensor]:
+def train_step(
+    config, state, diffusion, batches, forward, dtype, rank=0, world_size=1
+) -> tuple[Tensor, Tensor]:
     """One update. forward: the network, compiled and distributed as it may be.
 
-    Returns the loss (mean over the micro-batches) and the gradient norm before clipping, both
-    scalars on the device; nothing here waits for the device."""
+    The micro-batches of a run are numbered through, and its processes take turns: an update is the
+    same (to rounding) however many of them share it. Returns the loss (mean over the micro-batches
+    of this process) and the gradient norm before clipping, both scalars on the device; nothing here
+    waits for the device."""
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(config, state.step)
 
-    # Gather the gradients of the micro-batches.
+    # Gather the gradients of this process's micro-batches.
     accumulation = config.gradient_accumulation_steps
     total = torch.zeros((), device=diffusion.device)
     for micro in range(accumulation):
-        index = state.step * accumulation + micro
+        number = (state.step * accumulation + micro) * world_size + rank
         # Processes exchange gradients once an update, with the last micro-batch.
         wait = micro < accumulation - 1 and hasattr(forward, "no_sync")
         with forward.no_sync() if wait else nullcontext():
-            loss = loss_of(config, diffusion, batches, dtype, rank, index, forward) / accumulation
+            loss = loss_of(config, diffusion, batches, dtype, number, forward) / accumulation
             state.scaler.scale(loss).backward()
         total += loss.detach()
 
@@ -221,41 +221,42 @@ def train(config: Config) -> Path:
     saved."""
     check_config(config)
     folder = Path(config.experiment_name)
-    timeout = InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)
-    cpu = find_device(config.device).type == "cpu"  # said, or processes there are one each
-    accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[timeout])
-    set_up_device(accelerator.device, config.deterministic)
-    is_main, world_size = accelerator.is_main_process, accelerator.num_processes
-    with StopSignals() as stop, FolderLock(folder) if is_main else nullcontext() as lock:
-        run = set_up(config, accelerator)
+    processes = Processes(find_device(config.device))
+    is_main, rank, world_size = processes.is_main, processes.rank, processes.world_size
+    set_up_device(processes.device, config.deterministic)
+    stop = StopSignals(several=world_size > 1)
+    with stop, processes, FolderLock(folder) if is_main else nullcontext() as lock:
+        run = set_up(config, processes)
         config, state, diffusion, dtype = run.config, run.state, run.diffusion, run.dtype
         if state.step >= config.num_training_steps:
             say(f"{folder} has all its {state.step} steps")
             return folder
         if is_main:
-            rehearse(run, accelerator, stop)
-        first, rank = state.step * config.gradient_accumulation_steps, accelerator.process_index
-        loss = partial(loss_of, config, diffusion, run.batches, dtype, rank, first)
-        forward = prepare_network(run, accelerator, loss)
-        watch = Watch(accelerator.device, patience=20 if dtype == torch.float16 else 1)
-        images_per_step = config.batch_size * config.gradient_accumulation_steps * world_size
-        progress = Progress(state.step, config.num_training_steps, images_per_step, show=is_main)
+            rehearse(run, processes, stop)
+        processes.everyone()
+        per_step = config.gradient_accumulation_steps * world_size  # micro-batches
+        loss = partial(loss_of, config, diffusion, run.batches, dtype, state.step * per_step + rank)
+        forward = prepare_network(run, processes, loss)
+        watch = Watch(processes.device, patience=20 if dtype == torch.float16 else 1)
+        total, images_per_step = config.num_training_steps, config.batch_size * per_step
+        progress = Progress(state.step, total, images_per_step, show=is_main)
         log = RunLog(folder, state.step, state.history) if is_main else nullcontext()
         stop.deferred = True  # from here on a signal waits for the end of the step
         with log, progress:
-            while state.step < config.num_training_steps:
+            while state.step < total:
                 # Take a step.
-                watch.add(*train_step(config, state, diffusion, run.batches, forward, dtype, rank))
+                options = forward, dtype, rank, world_size
+                watch.add(*train_step(config, state, diffusion, run.batches, *options))
                 progress.step()
-                step, last = state.step, state.step == config.num_training_steps
-                stopping = agreed_stop(stop, accelerator, step)
+                step, last = state.step, state.step == total
+                stopping = processes.stop_after(step, stop.received)
                 saving = step % config.save_every == 0 or last or stopping
-                sampling = step % config.sample_every == 0 or last
+                sampling = (step % config.sample_every == 0 or last) and not stopping
                 logging = step % config.log_every == 0 or saving
 
                 # Stop where the numbers are no longer finite.
                 if logging:
-                    values = watch.read(step, lambda totals: accelerator.reduce(totals, "mean"))
+                    values = watch.read(step, processes.mean)
                     values["learning_rate"] = learning_rate(config, step - 1)
                     values["images_per_second"] = progress.log(values["loss"])
                     state.history.append([step, values["loss"]])
@@ -273,16 +274,17 @@ def train(config: Config) -> Path:
                     log.scalars(step, values)
                 if saving and is_main:
                     log.plot_loss()
-                if stopping:
-                    say(f"stopped by a signal, step {step} is saved; go on with --resume")
-                    raise Interrupted(stopping)
                 if sampling and is_main:
                     grid = run.sample(stop, config.num_samples)
                     if grid is not None:
                         log.images(step, grid)
+
                 if saving or sampling:
+                    processes.everyone()  # nobody waits for rank 0 in an exchange of gradients
                     progress.restart()  # the clock counts training only
-    accelerator.end_training()
+                if stopping:
+                    say(f"stopped by a signal, step {step} is saved; go on with --resume")
+                    raise Interrupted(stopping)
     return folder
 
 

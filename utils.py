@@ -358,6 +358,25 @@ def fill_config(config, path: Path, saved: dict):
     return config
 
 
+def check_split(path: Path, saved: dict, split: dict[str, int]) -> None:
+    """Raise UsageError where an update would no longer consist of as many micro-batches.
+
+    split: "world_size" and "micro_batches", their number in an update of all processes."""
+    was, now, world_size = saved["settings"], split["micro_batches"], split["world_size"]
+    before = was.get("micro_batches")
+    if before is None:
+        before = was.get("world_size", 1) * was.get("gradient_accumulation_steps", 1)
+        if was.get("world_size", 1) > 1:
+            say(f"note: since {path} batches are numbered through all processes: other faces come")
+    if before != now:
+        what = f"an update of {path} has {before} micro-batches, here it has {now}"
+        fix = f"pass --gradient_accumulation_steps {before // world_size} on {world_size} processes"
+        if before % world_size:
+            fitting = [str(count) for count in range(1, before + 1) if before % count == 0]
+            fix = f"start {' or '.join(fitting)} processes"
+        raise UsageError("--gradient_accumulation_steps", what, fix)
+
+
 def take_up(state: State, path: Path, saved: dict, config, facts: dict) -> None:
     """Load a checkpoint into `state`, where it is of this run.
 

@@ -522,26 +522,23 @@ def test_the_same_images_elsewhere_have_the_same_fingerprint(tmp_path):
 # ---- Batches ----
 
 
-@pytest.mark.parametrize("count", [11, 12, 13])  # of 3 batches for 2 processes: one short, even,
-@pytest.mark.parametrize("world_size", [1, 2])  # and one over
-def test_an_epoch_holds_each_face_at_most_once_and_whole_batches_only(count, world_size):
-    faces = made_faces(count)
-    ranks = [Batches(faces, 2, seed=3, rank=r, world_size=world_size) for r in range(world_size)]
-    steps = count // (2 * world_size)
+@pytest.mark.parametrize("count", [11, 12, 13])  # of 6 batches: one face short, even, one over
+def test_an_epoch_holds_each_face_at_most_once_and_whole_batches_only(count):
+    batches = Batches(made_faces(count), 2, seed=3)
+    per_epoch = count // 2
     for epoch in range(3):
-        indices = range(epoch * steps, (epoch + 1) * steps)
-        seen = [n for batches in ranks for index in indices for n in numbers(batches(index)[0])]
-        assert len(seen) == len(set(seen)) == steps * 2 * world_size
+        ours = range(epoch * per_epoch, (epoch + 1) * per_epoch)
+        seen = [n for number in ours for n in numbers(batches(number)[0])]
+        assert len(seen) == len(set(seen)) == per_epoch * 2
         assert set(seen) <= set(range(count))
 
 
-def test_ranks_are_disjoint_slices_of_one_order():
+def test_neighbouring_batches_are_disjoint_slices_of_one_order():
     faces = made_faces(24)
-    whole = Batches(faces, 12, seed=5)
-    halves = [Batches(faces, 6, seed=5, rank=rank, world_size=2) for rank in (0, 1)]
-    for index in range(6):
-        parts = [numbers(half(index)[0]) for half in halves]
-        assert parts[0] + parts[1] == numbers(whole(index)[0])
+    whole, halves = Batches(faces, 12, seed=5), Batches(faces, 6, seed=5)
+    for number in range(6):
+        parts = [numbers(halves(2 * number + i)[0]) for i in (0, 1)]
+        assert parts[0] + parts[1] == numbers(whole(number)[0])
 
 
 def test_epochs_and_seeds_have_orders_of_their_own():
@@ -581,12 +578,9 @@ def test_half_of_the_faces_are_mirrored_and_the_rest_untouched():
     assert 70 < sum(mirrored) < 130
 
 
-def test_mirroring_differs_between_ranks_and_steps():
-    faces = made_faces(64)
-    signs = []
-    for rank in (0, 1):
-        batches = Batches(faces, 32, rank=rank, world_size=2)
-        signs += [tuple((x[0, 1, 0] > x[0, 1, -1]).item() for x in batches(i)[0]) for i in (0, 1)]
+def test_mirroring_differs_between_batches():
+    batches = Batches(made_faces(64), 32)
+    signs = [tuple((x[0, 1, 0] > x[0, 1, -1]).item() for x in batches(i)[0]) for i in range(4)]
     assert len(set(signs)) == 4
 
 
@@ -616,9 +610,9 @@ def test_faces_on_the_device_and_faces_read_ahead_give_the_same_batches(device, 
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
     if device == "cpu":  # take the two ways of a CUDA device without one
         monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
-    batches = Batches(faces, 7, seed=1, device=device)
+    batches = Batches(faces, 7, seed=1, device=device, stride=2)
     batches.cuda, batches.resident = True, batches._move_to_device()
     assert (batches.resident is None) == (free == 0)
-    for index in (0, 1, 2, 3, 15, 16, 2, 9):
+    for index in (0, 2, 4, 3, 15, 17, 2, 9):
         for got, wanted in zip(batches(index), expected(index), strict=True):
             assert torch.equal(got, wanted)

@@ -359,12 +359,6 @@ def test_other_faces_are_refused(run, monkeypatch):
     monkeypatch.undo()
 
 
-def test_another_number_of_processes_is_refused(run):
-    rewrite(newest(run), lambda state: state["settings"].update(world_size=8))
-    with pytest.raises(UsageError, match="world_size was 8, is 1"):
-        train(tiny(resume=True, num_training_steps=9))
-
-
 def test_harmless_settings_pass_with_a_note(run, capsys):
     train(tiny(resume=True, num_training_steps=7, save_every=1, log_every=1, keep_checkpoints=9))
     text = capsys.readouterr().out

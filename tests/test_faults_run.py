@@ -26,7 +26,7 @@ import run as run_module
 import safety
 import train as train_module
 import utils
-from dataset import Batches, load_faces
+from dataset import Batches
 from diffusion import Diffusion
 from ema import EMA
 from errors import DivergedError, Interrupted, UsageError
@@ -609,118 +609,8 @@ def test_numbers_out_of_range_name_the_flag(here, words):
         check_config(cli.parse(Config, words, ""))
 
 
-# Two processes -----------------------------------------------------------------------------------
-
-# `accelerate launch --cpu --num_processes 2` starts one process where there is no mpirun; torchrun,
-# which it calls for GPUs, starts two on a CPU as well.
-LAUNCH = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port"]
-
-
-def launch(script, *words, port, **options) -> subprocess.Popen:
-    needs_posix()
-    command = [sys.executable, *LAUNCH, str(port), str(script), *words]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    return subprocess.Popen(command, env=environment, start_new_session=True, **pipes, **options)
-
-
-def wait(process, seconds=150) -> str:
-    try:
-        return process.communicate(timeout=seconds)[0]
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
-
-
-@pytest.fixture
-def port():
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-SCRIPT = """import sys, os, time
-sys.path.insert(0, {root!r})
-import train, cli
-{body}
-cli.run(train.main)
-"""
-
-
 def test_accelerate_launches_train(here):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", str(ROOT / "train.py")]
     result = subprocess.run([*command, *flags(TINY)], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert final("run", 6)["settings"]["world_size"] == 1
-
-
-def test_two_processes_train_save_sample_and_resume_exactly(here, port):
-    settings = {**TINY, "sample_every": 3, "batch_size": 2}
-    whole = launch(ROOT / "train.py", *flags({**settings, "experiment_name": "whole"}), port=port)
-    text = wait(whole)
-    assert whole.returncode == 0, text
-    assert "2 x cpu" in text and (here / "whole" / "samples" / "step_00000006.png").exists()
-    for steps, more in ((3, {}), (6, {"resume": True})):
-        words = flags({**settings, "num_training_steps": steps, **more})
-        process = launch(ROOT / "train.py", *words, port=port)
-        text = wait(process)
-        assert process.returncode == 0, text
-    assert_equal_runs(final("whole", 6), final("run", 6))
-    assert not [k for k in final("run", 6)["model"] if k.startswith("module.")]
-    # Two processes of two faces are not one of two: both took part in the gradient.
-    train(tiny(experiment_name="alone", batch_size=2))
-    assert not tensors_equal(final("alone", 6)["model"], final("run", 6)["model"])
-
-
-def test_a_run_of_two_processes_of_which_one_is_killed_resumes_to_the_same_end(here, port):
-    body = "real = train.train_step\ndef step(config, state, *a):\n"
-    body += "    last = os.environ['RANK'] == '1' and not config.resume\n"
-    body += "    if last and state.step == 4: os._exit(137)\n"
-    body += "    return real(config, state, *a)\ntrain.train_step = step"
-    Path("dies.py").write_text(SCRIPT.format(root=str(ROOT), body=body))
-    settings = {**TINY, "batch_size": 2}
-    process = launch("dies.py", *flags(settings), port=port)
-    began = time.monotonic()
-    wait(process)
-    assert process.returncode != 0 and time.monotonic() - began < 60
-    process = launch("dies.py", *flags({**settings, "resume": True}), port=port)
-    assert "step_00000003.pt" in wait(process) and process.returncode == 0
-    settings["experiment_name"] = "whole"
-    process = launch("dies.py", *flags({**settings, "resume": True}), port=port)
-    assert wait(process) is not None and process.returncode == 0
-    assert_equal_runs(final("whole", 6), final("run", 6))
-
-
-@pytest.mark.parametrize("action", ["raise RuntimeError('lost')", "time.sleep(1000)"])
-def test_one_of_two_processes_that_raises_or_hangs_ends_both(here, port, action):
-    body = "from datetime import timedelta\ntrain.PROCESS_TIMEOUT = timedelta(seconds=8)\n"
-    body += "real = train.train_step\ndef step(config, state, *a):\n"
-    body += f"    if state.step == 4 and os.environ['RANK'] == '1': {action}\n"
-    body += "    return real(config, state, *a)\ntrain.train_step = step"
-    Path("lost.py").write_text(SCRIPT.format(root=str(ROOT), body=body))
-    process = launch("lost.py", *flags({**TINY, "batch_size": 2}), port=port)
-    wait(process)
-    assert process.returncode != 0
-    assert load_checkpoint(list_checkpoints(here / "run")[0])["step"] == 3
-
-
-def test_sigterm_to_one_of_two_processes_saves_one_step_for_both(here, port):
-    needs_posix()
-    body = "real = train.train_step\ndef step(config, state, *a):\n"
-    body += "    if state.step == 4 and os.environ['RANK'] == '1': os.kill(os.getpid(), 15)\n"
-    body += "    return real(config, state, *a)\ntrain.train_step = step"
-    Path("stopped.py").write_text(SCRIPT.format(root=str(ROOT), body=body))
-    settings = {**TINY, "batch_size": 2, "num_training_steps": 40, "save_every": 1000}
-    process = launch("stopped.py", *flags(settings), port=port)
-    wait(process)
-    assert process.returncode != 0
-    assert [p.stem for p in list_checkpoints(here / "run")] == ["step_00000010"]
-
-
-def test_batches_of_two_processes_are_disjoint_parts_of_one_epoch(here):
-    faces = load_faces("pictures", 8)
-    parts = [Batches(faces, 5, 0, rank, 2)(0)[0] for rank in (0, 1)]
-    pixels = [tuple(sorted(x.flatten().tolist())) for part in parts for x in part]
-    assert len(set(pixels)) == 10

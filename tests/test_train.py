@@ -19,6 +19,7 @@ from dataset import Batches, load_faces
 from diffusion import Diffusion
 from errors import UsageError
 from generate import load_trained
+from processes import Processes
 from sample import SampleConfig, sample
 from settings import before, fixed
 from train import DEMO, Config, check_config, learning_rate, train, train_step
@@ -62,7 +63,7 @@ def test_resumed_run_equals_uninterrupted_run(here, changes):
     # The number of steps shapes a cosine, so the first half is stopped, not shortened.
     half = tiny(experiment_name="halves", **changes)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_module, "agreed_stop", lambda stop, accelerator, step: 15 * (step == 3))
+        patch.setattr(Processes, "stop_after", lambda self, step, received: 15 * (step == 3))
         with pytest.raises(train_module.Interrupted):
             train(half)
     assert [p.name for p in list_checkpoints(here / "halves")] == ["step_00000003.pt"]
