@@ -40,6 +40,8 @@ class Processes:
     runs = 0  # of this process: each has keys of its own
 
     def __init__(self, device: torch.device):
+        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+            join_again(device)
         cpu = device.type == "cpu"  # said, or accelerate takes each process on a CPU for a run
         options = [
             InitProcessGroupKwargs(timeout=TIMEOUT),
@@ -262,6 +264,21 @@ class Processes:
                 if not self.ended.wait(GRACE):
                     os._exit(OtherFailed.exit_code)
                 return
+
+
+def join_again(device: torch.device) -> None:
+    """Start the processes' group where `torchrun` has restarted them: its store may still hold the
+    addresses of those that are gone, so each attempt has keys of its own."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # has the store's server
+    store = dist.TCPStore(address, port, is_master=not agent and rank == 0, timeout=TIMEOUT)
+    store = dist.PrefixStore(f"attempt/{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    options = dict(store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
+    dist.init_process_group(backend, **options)
 
 
 def is_lost(error: BaseException) -> bool:

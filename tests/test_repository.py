@@ -93,6 +93,7 @@ def test_each_module_imports_only_what_the_design_allows():
         "threads": set(),
         "device": {"errors"},
         "terminal": set(),
+        "processes": {"errors"},
         "files": {"errors", "terminal"},
         "images": {"files"},
         "cli": {"errors", "terminal"},
