@@ -113,7 +113,7 @@ def test_run_is_taken_for_a_run_though_it_has_a_config_json(there):
 
 def test_folder_of_diffusers_is_evaluated(there):
     config = EvaluateConfig(checkpoint="folder", path_to_data="pictures", samplers=("ddim:2",))
-    options = dict(num_images=4, num_reference=4, features="none", loss_draws=1)
+    options = dict(num_images=4, num_reference=4, features="none", loss_draws=2)
     path = evaluate(EvaluateConfig(**{**vars(config), **options}))
     assert json.loads(path.read_text())["step"] == 3
 
