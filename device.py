@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from errors import ResourceError, UsageError
 
 # The last wheels of torch with kernels for GPUs before Turing.
-OLD_GPUS = "pip install 'torch<2.15' torchvision --index-url https://download.pytorch.org/whl/cu126"
+OLD_GPUS = "install torch 2.10 to 2.14 in its build for CUDA 12.6"
 
 
 DEVICES = ("auto", "cuda", "cpu", "mps")

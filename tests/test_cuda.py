@@ -348,11 +348,12 @@ def test_the_batch_that_fits_is_the_largest_power_of_two():
 # On a GPU itself ---------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=["cuda", pytest.param("cpu", marks=pytest.mark.slow)])
+GPU = pytest.param("cuda", marks=pytest.mark.gpu)
+
+
+@pytest.fixture(params=[GPU, pytest.param("cpu", marks=pytest.mark.slow)])
 def device(request, kept_settings):
-    """The GPU where there is one; and the CPU, so that these tests are right when there is."""
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no GPU")
+    """`pytest -m gpu`: the GPU; `-m slow`: the CPU, so that these tests are right when there is."""
     return torch.device(request.param)
 
 

@@ -173,10 +173,8 @@ def test_apples_gpu_computes_in_float32_and_a_line_says_so(asked):
 
 
 @pytest.mark.parametrize("script", ["train.py", "sample.py", "evaluate.py"])
-@pytest.mark.parametrize("name", ["tpu", "mps"])
+@pytest.mark.parametrize("name", ["tpu", "cuda" if torch.backends.mps.is_available() else "mps"])
 def test_device_that_is_not_there_is_one_line(here, script, name):
-    if name == "mps" and torch.backends.mps.is_available():
-        pytest.skip("it is there")
     words = flags(TINY) if script == "train.py" else []
     assert_error(run_script(script, *words, "--device", name), 2, "--device", name)
 
