@@ -33,7 +33,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from tqdm import tqdm
 
 import cli
@@ -54,6 +53,7 @@ from generate import (
 from images import image_grid, save_image, to_x_0
 from likelihood import HeldOutLoss, held_out_loss
 from metrics import copies, find_features, measure_distances, nearest_pixels, nearest_vectors
+from processes import Processes
 from samplers import SamplerError, check_sampler
 from settings import check_ranges, constant
 from terminal import say, table
@@ -85,8 +85,13 @@ def evaluate(config: EvaluateConfig) -> Path:
     """Measure what the config says. Returns the path of evaluation.json. Raises UserError."""
     check_config(config)
     keep_freed_memory()
-    accelerator = Accelerator(cpu=find_device(config.device).type == "cpu")
-    device = str(accelerator.device)
+    with Processes(find_device(config.device)) as processes:
+        return evaluate_with(config, processes)
+
+
+def evaluate_with(config: EvaluateConfig, processes: Processes) -> Path:
+    """What `evaluate` does, by these processes: each generates its share, rank 0 measures."""
+    device = str(processes.device)
     averaged = load_trained(config.checkpoint or None, device=device)
     raw = load_trained(averaged.path, raw=True, device=device)
     trained, settings = raw if config.raw else averaged, averaged.settings
@@ -95,23 +100,22 @@ def evaluate(config: EvaluateConfig) -> Path:
         trained = add_guide(trained, config.guide, config.autoguidance)
     if not config.features:
         config = replace(config, features="none" if device == "cpu" else "inception")
-        if device == "cpu" and accelerator.is_main_process:
+        if device == "cpu":
             what = "no distances are measured without a GPU, where they take most of an hour"
             say(f"note: {what}; --features inception asks for them")
     features = find_features(config.features, config.feature_size, device)
-    with accelerator.main_process_first():
+    with processes.first_of_each_machine_first():
         data = (config.path_to_data, trained.img_size, settings["only"], settings["attributes"])
         faces = load_faces(*data)
     real = split_real(config, faces)
-    if accelerator.is_main_process:
-        say(f"{trained.path}, step {trained.step}, against {faces.description}")
-        if not faces.matches(settings["faces"]):
-            say(f"note: it was trained on other faces ({settings['faces']})")
+    say(f"{trained.path}, step {trained.step}, against {faces.description}")
+    if not faces.matches(settings["faces"]):
+        say(f"note: it was trained on other faces ({settings['faces']})")
 
     run = trained.path.parent.parent if trained.path.parent.name == "checkpoints" else Path()
     folder = run / "evaluation"
     check_writable(folder / "evaluation.json", "--checkpoint")
-    generated = generate_all(config, trained, faces, folder, accelerator)
+    generated = generate_all(config, trained, faces, folder, processes)
     if generated:
         result = {"checkpoint": str(trained.path), "step": trained.step, "config": asdict(config)}
         result |= {"key": faces.key, "fingerprint": faces.fingerprint}
@@ -157,22 +161,27 @@ def check_samplers(config: EvaluateConfig, num_timesteps: int) -> None:
 
 
 def generate_all(
-    config, trained: Trained, faces: Faces, folder: Path, accelerator
+    config, trained: Trained, faces: Faces, folder: Path, processes: Processes
 ) -> list[Generated]:
-    """Let each sampler generate, each process its share; what lies there already is taken. The list
-    is empty but in the main process."""
+    """Let each sampler generate what does not lie there already, each process as many batches as
+    the others, or one more. The list is empty but in rank 0."""
     digest = source_digest(trained, faces)
     files = {text: generated_files(config, folder, digest, text) for text in config.samplers}
-    for text, batches in files.items():
-        if accelerator.is_main_process:
-            kept = sum(len(numbers) for numbers, path in batches if path.exists())
-            missing = config.num_images - kept
-            say(f"{text}: generating {missing:,} images, {kept:,} are there already")
-        share = batches[accelerator.process_index :: accelerator.num_processes]
-        generate_missing(config, trained, faces, text, share)
-    accelerator.wait_for_everyone()
-    if not accelerator.is_main_process:
+    every = [(text, *batch) for text, batches in files.items() for batch in batches]
+    missing = processes.from_main(lambda: [one for one in every if not one[2].exists()])
+    share = missing[processes.rank :: processes.world_size]
+    for text in files:
+        new = sum(len(numbers) for name, numbers, _ in missing if name == text)
+        kept = config.num_images - new
+        say(f"{text}: generating {new:,} images, {kept:,} are there already")
+        generate_missing(
+            config, trained, faces, text, [each[1:] for each in share if each[0] == text]
+        )
+    processes.everyone()
+    if not processes.is_main:
         return []
+    for text, batches in files.items():  # where the disk is not a common one, rank 0 does it all
+        generate_missing(config, trained, faces, text, batches)
     return [read_generated(text, batches) for text, batches in files.items()]
 
 

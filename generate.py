@@ -139,8 +139,9 @@ def sample_loop(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """`Diffusion.sample_loop` for the images of these numbers: yields (x_t, x_0_pred).
 
-    Image i depends on (seed, i) alone. attributes: (N, K), or (1, K) for all. Raises
-    CheckpointError where the network leaves the finite numbers."""
+    Image i depends on (seed, i) alone. attributes: (N, K), or (1, K) for all; turn, turns: of
+    several processes that take turns with the batches. Raises CheckpointError where the network
+    leaves the finite numbers."""
     if attributes is not None:
         attributes = attributes.to(trained.diffusion.device).expand(len(numbers), -1)
     options |= dict(generator=image_generators(seed, numbers), attributes=attributes)
@@ -161,6 +162,8 @@ def generate(
     attributes: Tensor | None = None,
     x_T: Tensor | None = None,
     bar: tqdm | None = None,
+    turn: int = 0,
+    turns: int = 1,
     **options,
 ) -> Iterator[Tensor]:
     """The images of these numbers, a batch at a time: yields (b, 3, H, W) in [-1, 1].
@@ -169,7 +172,7 @@ def generate(
     step; the rest as for `sample_loop` and `Diffusion.sample_loop`, which say what is raised."""
     if attributes is not None:
         attributes = attributes.expand(len(numbers), -1)
-    for start in range(0, len(numbers), batch_size):
+    for start in range(turn * batch_size, len(numbers), turns * batch_size):
         part = slice(start, start + batch_size)
         options["attributes"] = None if attributes is None else attributes[part]
         options["x_T"] = None if x_T is None else x_T[part]

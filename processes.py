@@ -22,13 +22,13 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from errors import Interrupted, OtherFailed, ResourceError, UsageError
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=10)  # how long an exchange waits for a process that is late
+WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 HEARTBEAT = 3.0  # seconds between two signs of life
 SILENCE = 40.0  # seconds without one after which a process is taken for lost
 GRACE = 10.0  # seconds that a process has to end by itself once another has failed
@@ -40,22 +40,30 @@ class Processes:
     runs = 0  # of this process: each has keys of its own
 
     def __init__(self, device: torch.device):
-        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
-            join_again(device)
-        cpu = device.type == "cpu"  # said, or accelerate takes each process on a CPU for a run
-        options = [
-            InitProcessGroupKwargs(timeout=TIMEOUT),
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-        ]
-        accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=options)
-        self.accelerator, self.device = accelerator, accelerator.device
-        self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
-        self.is_main = self.rank == 0
+        self.rank, self.world_size, self.device = 0, 1, device
         self.keys = 0  # handed out so far: the processes ask for them in the same order
         self.asked, self.stop = False, None  # to stop; (signal, step to stop after)
         self.events = deque()  # the ends of the last steps on a GPU
         self.warned = False  # that another process has failed
         self.ended = threading.Event()
+        if any(int(os.environ.get(name, "1")) > 1 for name in WORLD_SIZES):
+            self._start()
+        self.is_main = self.rank == 0
+
+    def _start(self) -> None:
+        """Join the other processes."""
+        from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+
+        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+            join_again(self.device)
+        options = [
+            InitProcessGroupKwargs(timeout=TIMEOUT),
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+        ]
+        cpu = self.device.type == "cpu"  # said, or accelerate takes each process for a run
+        accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=options)
+        self.accelerator, self.device = accelerator, accelerator.device
+        self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
 
     # The store --------------------------------------------------------------------------------
 
@@ -164,11 +172,18 @@ class Processes:
 
     def distribute(self, model: nn.Module) -> nn.Module:
         """The model as a step calls it: its gradients are averaged over the processes."""
-        return self.accelerator.prepare_model(model)
+        return model if self.world_size == 1 else self.accelerator.prepare_model(model)
 
     def mean(self, tensor: Tensor) -> Tensor:
         """The mean over all processes."""
-        return self.accelerator.reduce(tensor, "mean")
+        return tensor if self.world_size == 1 else self.accelerator.reduce(tensor, "mean")
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes, on the CPU, once all are there."""
+        if self.world_size == 1:
+            return tensor
+        self.everyone()
+        return self.accelerator.reduce(tensor.to(self.device), "sum").cpu()
 
     # The end ----------------------------------------------------------------------------------
 

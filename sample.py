@@ -20,7 +20,7 @@ import threads  # noqa: F401  before torch, which reads what it sets
 # isort: split
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -38,6 +38,7 @@ from errors import UsageError
 from files import check_writable
 from generate import Trained, add_guide, generate, load_trained, sample_loop, sheet
 from images import image_grid, save_image, to_uint8
+from processes import Processes
 from samplers import SAMPLERS, SamplerError, check_sampler, is_deterministic
 from settings import check_ranges, constant
 from terminal import say
@@ -71,7 +72,13 @@ def sample(config: SampleConfig) -> Path:
     """Generate and save what the config says. Returns where it lies. Raises UserError."""
     check_config(config)
     keep_freed_memory()
-    trained = load_trained(config.checkpoint or None, config.raw, find_device(config.device))
+    with Processes(find_device(config.device)) as processes:
+        return sample_with(config, processes)
+
+
+def sample_with(config: SampleConfig, processes: Processes) -> Path:
+    """What `sample` does, by these processes, which take turns with the batches."""
+    trained = load_trained(config.checkpoint or None, config.raw, processes.device)
     check_config(config, trained.diffusion.num_timesteps)
     if config.guide:
         trained = add_guide(trained, config.guide, config.autoguidance)
@@ -85,6 +92,8 @@ def sample(config: SampleConfig) -> Path:
         columns = config.num_images
         options["x_T"] = noise_between(trained, config.interpolate, columns, config.seed)
     elif out.suffix == ".gif":
+        if not processes.is_main:  # a way is not worth sharing
+            return out
         save_gif(frames_from_noise(trained, numbers, **options), out)
         return done(config, trained)
     if config.sheet:
@@ -92,14 +101,20 @@ def sample(config: SampleConfig) -> Path:
         labels, numbers, options["attributes"] = sheet(trained.attribute_names, columns, attributes)
 
     with tqdm(total=len(numbers), unit="image", disable=None) as bar:
-        options |= dict(batch_size=config.batch_size, bar=bar)
-        batches = generate(trained, numbers, **options)
+        turn, turns, size = processes.rank, processes.world_size, config.batch_size
+        options |= dict(batch_size=size, bar=bar, turn=turn, turns=turns)
+        starts = range(turn * size, len(numbers), turns * size)
+        batches = zip(starts, generate(trained, numbers, **options), strict=True)
         if not out.suffix:
             save_each(batches, out)
+            processes.everyone()
             return done(config, trained)
-        images = torch.empty(len(numbers), 3, trained.img_size, trained.img_size)  # fits, or fails
-        for i, batch in enumerate(batches):
-            images[i * config.batch_size :][: len(batch)] = batch
+        images = torch.zeros(len(numbers), 3, trained.img_size, trained.img_size)  # fits, or fails
+        for start, batch in batches:
+            images[start:][: len(batch)] = batch
+    images = processes.sum(images)
+    if not processes.is_main:
+        return out
     if out.suffix == ".gif":
         save_gif([image_grid(image[None]) for image in images], out)
     else:
@@ -197,11 +212,12 @@ def save_gif(frames: list[Image.Image], path: Path) -> None:
     save_image(first, path, save_all=True, append_images=rest, duration=pauses, loop=0)
 
 
-def save_each(batches, folder: Path) -> None:
-    """Save the images of the batches as 000000.png, 000001.png, ..., as they come."""
-    images = (pixels for batch in batches for pixels in to_uint8(batch).numpy())
-    for i, pixels in enumerate(images):
-        save_image(Image.fromarray(pixels), folder / f"{i:06d}.png")
+def save_each(batches: Iterable[tuple[int, Tensor]], folder: Path) -> None:
+    """Save the images as 000000.png, 000001.png, ..., as they come. batches: each with the place of
+    its first image."""
+    for start, batch in batches:
+        for i, pixels in enumerate(to_uint8(batch).numpy(), start):
+            save_image(Image.fromarray(pixels), folder / f"{i:06d}.png")
 
 
 def done(config: SampleConfig, trained: Trained) -> Path:

@@ -204,7 +204,7 @@ def compiled(backend, **changes):
         train_step(config, state, diffusion, batches, state.model, None)
 
     def compile():
-        loss = partial(loss_of, config, diffusion, batches, None, 0, 0, state.model)
+        loss = partial(loss_of, config, diffusion, batches, None, 0, state.model)
         return compile_network(state.model, loss, backend=backend, fullgraph=True)
 
     return state, step, compile
@@ -261,13 +261,13 @@ def test_a_batch_that_does_not_fit_is_no_fault_of_the_compiler():
 
 
 def test_a_run_on_a_gpu_tries_its_compiled_network_before_the_first_step(here, monkeypatch, capsys):
-    """The accelerator says that the CPU is a GPU, once all is set up."""
+    """The processes say that the CPU is a GPU, once all is set up."""
     compiled = []
     monkeypatch.setattr(run_module, "compile_network", lambda *rest: compiled.append(rest) or 12.3)
-    accelerator = SimpleNamespace(device=CUDA, is_main_process=True, prepare_model=lambda m: m)
+    processes = SimpleNamespace(device=CUDA, world_size=1, distribute=lambda model: model)
     for compile in (True, False):
         run = SimpleNamespace(config=tiny(compile=compile), state=SimpleNamespace(model="network"))
-        run_module.prepare_network(run, accelerator, lambda forward: f"loss of {forward}")
+        run_module.prepare_network(run, processes, lambda forward: f"loss of {forward}")
     ((network, loss),) = compiled
     assert (network, loss()) == ("network", "loss of network")
     assert capsys.readouterr().out.splitlines()[-1] == "compiled in 12 s"

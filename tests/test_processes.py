@@ -13,17 +13,21 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY, flags, needs_posix, tensors_equal, tiny, write_pictures
 
 import cli
+import evaluate
 import processes as processes_module
 import run as run_module
 import sources
 import train as train_module
 from errors import DataError, UsageError
+from evaluate import EvaluateConfig
 from files import disk_error
+from sample import SampleConfig, sample
 from train import train
 from utils import check_split, checkpoint_path, list_checkpoints, load_checkpoint
 
@@ -485,3 +489,47 @@ def test_two_launchers_without_a_common_disk_run_and_resume(here):
         assert [machine.returncode for machine in machines] == [0, 0], texts
     assert not (here / "b" / "run").exists() and "resumed" in texts[0]
     assert_equal_runs(final("whole", 6), final("a/run", 6))
+
+
+# Sampling and evaluating -------------------------------------------------------------------------
+
+
+def test_sampling_is_shared_and_gives_the_same_images(here):
+    train(tiny(num_training_steps=1))
+    wanted = dict(checkpoint="run", num_images=7, steps=2, batch_size=2)
+    for out in ("one.png", "one"):
+        sample(SampleConfig(**wanted, out=out))
+    for out in ("two.png", "two"):
+        config = SampleConfig(**wanted, out=out)
+        assert join(fork(2, lambda rank, config=config: sample(config))) == [0, 0], said()
+    files = ["one.png", *(f"one/{i:06d}.png" for i in range(7))]
+    for name in files:
+        assert Path(name).read_bytes() == Path(name.replace("one", "two")).read_bytes()
+
+
+def test_an_evaluation_shares_what_is_missing(here):
+    train(tiny(num_training_steps=1))
+    options = dict(num_images=11, batch_size=2, loss_draws=0, features="none")
+    config = EvaluateConfig("run", "pictures", samplers=("dpm++:2", "ddim:3"), **options)
+    evaluate.evaluate(config)
+    parts = sorted(Path("run/evaluation/generated").rglob("*.npz"))
+    kept = {path: load_images(path) for path in parts}
+    for path in parts[1:8:2]:  # all even ones of the first sampler are there already
+        path.unlink()
+
+    def work(rank):
+        real, made = evaluate.keep_generated, []
+        evaluate.keep_generated = lambda path, make: (made.append(path), real(path, make))
+        evaluate.evaluate(config)
+        Path(f"made{rank}").write_text(str(len(made)))
+
+    assert join(fork(2, work)) == [0, 0], said()
+    assert [Path(f"made{rank}").read_text() for rank in (0, 1)] == ["2", "2"]
+    assert len(parts) == 12 and not complaints()
+    for path in parts:
+        assert np.array_equal(load_images(path), kept[path])
+
+
+def load_images(path: Path) -> np.ndarray:
+    with np.load(path) as kept:
+        return kept["images"]

@@ -179,12 +179,12 @@ def test_device_that_is_not_there_is_one_line(here, script, name):
     assert_error(run_script(script, *words, "--device", name), 2, "--device", name)
 
 
-@pytest.mark.parametrize("name, cpu", [("cpu", True), ("auto", False), ("cuda", False)])
-def test_a_run_is_on_the_device_that_is_asked_for(here, monkeypatch, name, cpu):
-    def accelerator(cpu, **options):
-        raise RuntimeError(f"on the CPU: {cpu}")
+@pytest.mark.parametrize("name, kind", [("cpu", "cpu"), ("auto", "cuda"), ("cuda", "cuda")])
+def test_a_run_is_on_the_device_that_is_asked_for(here, monkeypatch, name, kind):
+    def processes(device):
+        raise RuntimeError(f"on the {device.type}")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(train_module, "Accelerator", accelerator)
-    with pytest.raises(RuntimeError, match=f"on the CPU: {cpu}"):
+    monkeypatch.setattr(train_module, "Processes", processes)
+    with pytest.raises(RuntimeError, match=f"on the {kind}"):
         train(tiny(device=name))
