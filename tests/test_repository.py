@@ -23,7 +23,7 @@ from evaluate import EvaluateConfig
 from sample import SampleConfig
 from train import DEMO, Config, check_config, train
 
-DOCUMENTS = ["README.md", "RESULTS.md", "benchmarks/README.md"]
+DOCUMENTS = ["README.md", "RESULTS.md", "benchmarks/README.md", "weights/README.md"]
 DOCUMENTS += sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.md"))
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in DOCUMENTS}
 README = TEXTS["README.md"]
