@@ -136,15 +136,6 @@ class Processes:
             self.store.add(key, 1)
             self.wait(key, lambda: self.store.add(key, 0) == self.world_size)
 
-    def gather(self, value: T) -> list[T]:
-        """The values of all processes, in each, by rank; small ones."""
-        if self.world_size == 1:
-            return [value]
-        key = self.key("gathered")
-        self.store.set(f"{key}/{self.rank}", pickle.dumps(value))
-        self.everyone()
-        return [pickle.loads(self.store.get(f"{key}/{rank}")) for rank in range(self.world_size)]
-
     def agree(self, facts: dict[str, Any]) -> None:
         """Raise UsageError where these facts, plain values, are not those of rank 0."""
         facts = json.loads(json.dumps(facts, default=str))
