@@ -141,15 +141,18 @@ def test_stopped_in_the_middle_it_goes_on_from_what_is_kept(run, monkeypatch):
     assert [(numbers.start, numbers.stop) for numbers in calls[8:]] == [(12, 16)]
 
 
-def test_other_weights_seeds_and_checkpoints_share_no_images(run):
+def test_other_weights_seeds_guides_and_checkpoints_share_no_images(run):
     config = replace(SMALL, features="none", loss_draws=0, samplers=("dpm++:2",))
     evaluate(config)
+    for strength in (1.5, 2.0):
+        early = "run/checkpoints/step_00000003.pt"
+        evaluate(replace(config, guide=early, autoguidance=strength))
     evaluate(replace(config, raw=True))
     evaluate(replace(config, seed=1))
     train(Config(**{**TINY, "num_training_steps": 9, "resume": True}))
     evaluate(config)
     folders = sorted((run / "evaluation" / "generated").iterdir())
-    assert len(folders) == 4
+    assert len(folders) == 6
     images = [np.load(sorted(folder.iterdir())[0])["images"] for folder in folders]
     assert all((a != b).any() for i, a in enumerate(images) for b in images[:i])
 
