@@ -7,7 +7,6 @@ import json
 import os
 import secrets
 import shutil
-import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -89,8 +88,9 @@ def check_writable(path: Path, flag: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.lstat(path)  # fails where the name is too long
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
+        trial = path.parent / f".{secrets.token_hex(4)}.tmp"
+        trial.touch()
+        trial.unlink()
     except OSError as error:
         raise disk_error(path, error) from error
 

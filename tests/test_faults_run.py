@@ -110,12 +110,9 @@ def quick(here, monkeypatch):
 
     class Silent:
         def __init__(self, folder, step, history):
-            self.history = history
+            pass
 
-        def scalars(self, step, values):
-            self.history.append([step, values["loss"]])
-
-        images = plot_loss = lambda self, *arguments: None
+        scalars = images = plot_loss = lambda self, *arguments: None
         __enter__ = lambda self: self  # noqa: E731
         __exit__ = images
 
