@@ -63,7 +63,6 @@ def free_port() -> int:
 def fork(count: int, work, folders=None) -> list[int]:
     """Start processes that each do work(rank) as a script would; returns their pids. What they
     say is in rank0.txt, rank1.txt, ..."""
-    needs_posix()
     port, here, pids = free_port(), Path.cwd(), []
     for rank in range(count):
         pid = os.fork()
