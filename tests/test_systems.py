@@ -44,11 +44,11 @@ def windows(monkeypatch):
     process holds open, no signal but SIGINT and SIGTERM."""
     importing, opening, this = builtins.__import__, os.open, psutil.Process()
 
-    def import_ours(name, namespace=None, *args):
+    def import_ours(name, namespace=None, *args, **options):
         ours = str((namespace or {}).get("__file__", "")).startswith(str(ROOT))
         if ours and re.fullmatch(POSIX_MODULES, name):
             raise ModuleNotFoundError(name)
-        return importing(name, namespace, *args)
+        return importing(name, namespace, *args, **options)
 
     def open_file(path, *args, **options):
         if isinstance(path, str | Path) and os.path.isdir(path):
