@@ -5,7 +5,6 @@ import inspect
 import os
 import re
 import shutil
-import tempfile
 import time
 from dataclasses import fields, replace
 
@@ -326,14 +325,14 @@ def test_images_that_are_not_finite_numbers_are_not_saved(run):
 def test_where_nothing_can_be_saved_is_found_before_generating(run, monkeypatch, out, code):
     os.mkdir("folder.png")
     open("file", "w").close()
-    temporary = tempfile.TemporaryFile
+    touch = Path.touch
 
-    def read_only(*args, dir, **options):
-        if "full" in str(dir):
+    def read_only(path):
+        if "full" in str(path):
             raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-        return temporary(*args, dir=dir, **options)
+        touch(path)
 
-    monkeypatch.setattr(tempfile, "TemporaryFile", read_only)
+    monkeypatch.setattr(Path, "touch", read_only)
     monkeypatch.setattr("sample.generate", lambda *_, **__: pytest.fail("generates"))
     with pytest.raises(UserError) as error:
         sample(SampleConfig("run", num_images=2, steps=2, out=out))
