@@ -7,6 +7,7 @@ import re
 import shutil
 import time
 from dataclasses import fields, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
