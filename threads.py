@@ -8,7 +8,7 @@ sleeps. `benchmarks/busy_speed.py` measures both."""
 
 import os
 
-SPINS = "10000"  # fewer are slower on a quiet machine, more beside other work
+SPINS = "10000"  # chosen by reasoning; busy_speed.py has not been run on a quiet machine yet
 
 if not os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}:  # the user's own come first
     os.environ["GOMP_SPINCOUNT"] = SPINS
