@@ -11,6 +11,7 @@ that of diffusers' `UNet2DModel`, so that weights can move both ways (convert.py
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -162,10 +163,14 @@ class Upsample(nn.Module):
 
 
 class Stage(nn.Module):
-    """Residual blocks at one resolution, each with attention or none; the way to the next one."""
+    """Residual blocks at one resolution, each with attention or none; the way to the next one.
 
-    def __init__(self, blocks: list[nn.Module], attentions: list[nn.Module], resample: nn.Module):
+    channels_in: of what comes into each block; head_dim: 0 for no attention"""
+
+    def __init__(self, channels_in, channels, head_dim, resample, time_dim: int, dropout: float):
         super().__init__()
+        blocks = [ResidualBlock(c, channels, time_dim, dropout) for c in channels_in]
+        attentions = [Attention(channels, head_dim) if head_dim else nn.Identity() for _ in blocks]
         self.blocks = nn.ModuleList(blocks)
         self.attentions = nn.ModuleList(attentions)
         self.resample = resample
@@ -201,7 +206,7 @@ class UNet(nn.Module):
     ):
         super().__init__()
         check_shape(img_size, channels, channel_mults, head_dim)
-        mults = tuple(channel_mults) or default_channel_mults(img_size)
+        widths = [channels * mult for mult in channel_mults or default_channel_mults(img_size)]
         self.img_size, self.channels, self.freq_shift = img_size, channels, freq_shift
         time_dim = 4 * channels
         self.time_mlp = nn.Sequential(
@@ -212,37 +217,31 @@ class UNet(nn.Module):
         )
         self.conv_in = nn.Conv2d(3, channels, 3, padding=1)
 
-        def stage(channels_in: list[int], width: int, resolution: int, resample) -> Stage:
-            """A block for each of `channels_in`, the channels that come into it."""
-            blocks = [ResidualBlock(c, width, time_dim, dropout) for c in channels_in]
-            attends = resolution in attn_resolutions
-            attentions = [Attention(width, head_dim) if attends else nn.Identity() for _ in blocks]
-            return Stage(blocks, attentions, resample)
+        stage = partial(Stage, time_dim=time_dim, dropout=dropout)
+        last = len(widths) - 1
+        resolutions = [img_size // 2**i for i in range(len(widths))]
+        head_dims = [head_dim if size in attn_resolutions else 0 for size in resolutions]
 
         # Down: `skips` lists the channels of every h that an up block will take back.
-        self.down = nn.ModuleList()
-        width, resolution, skips = channels, img_size, [channels]
-        for i, mult in enumerate(mults):
-            channels_in = [width] + [channels * mult] * (num_res_blocks - 1)
-            width, last = channels * mult, i == len(mults) - 1
-            resample = nn.Identity() if last else Downsample(width, downsample_padding)
-            self.down.append(stage(channels_in, width, resolution, resample))
-            skips += [width] * (num_res_blocks if last else num_res_blocks + 1)
-            resolution = resolution if last else resolution // 2
+        self.down, skips = nn.ModuleList(), [channels]
+        for i, width in enumerate(widths):
+            channels_in = [skips[-1]] + [width] * (num_res_blocks - 1)
+            resample = Downsample(width, downsample_padding) if i < last else nn.Identity()
+            self.down.append(stage(channels_in, width, head_dims[i], resample))
+            skips += [width] * (num_res_blocks + 1 if i < last else num_res_blocks)
 
         self.middle_block1 = ResidualBlock(width, width, time_dim, dropout)
         self.middle_attention = Attention(width, head_dim)
         self.middle_block2 = ResidualBlock(width, width, time_dim, dropout)
 
         self.up = nn.ModuleList()
-        for i, mult in reversed(list(enumerate(mults))):
+        for i in reversed(range(len(widths))):
             channels_in = []
             for _ in range(num_res_blocks + 1):
                 channels_in.append(width + skips.pop())
-                width = channels * mult
+                width = widths[i]
             resample = Upsample(width) if i else nn.Identity()
-            self.up.append(stage(channels_in, width, resolution, resample))
-            resolution *= 2
+            self.up.append(stage(channels_in, width, head_dims[i], resample))
 
         self.norm_out = GroupNorm(width, silu=True)
         self.conv_out = zero_init(nn.Conv2d(width, 3, 3, padding=1))
