@@ -421,11 +421,12 @@ cli.run(train.main)
 """
 
 
-def launch(body: str, config: dict, *options: str, cwd=".", script="changed.py"):
+def launch(body: str, config: dict, *options: str, cwd=".", launcher="torch.distributed.run"):
     """Start `torchrun train.py` with 2 processes on a machine, or what options say, changed by the
     lines of `body`."""
+    script = "changed.py"
     Path(script).write_text(SCRIPT.format(root=str(ROOT), body=body))
-    command = [sys.executable, "-m", "torch.distributed.run"]
+    command = [sys.executable, "-m", launcher]
     command += options or ["--nproc_per_node", "2", "--master_port", str(free_port())]
     command += [str(Path(script).absolute()), *flags({**TINY, **config})]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -473,20 +474,34 @@ def test_a_launcher_that_restarts_carries_a_killed_run_on_to_the_same_end(here):
     assert_equal_runs(final("whole", 6), final("run", 6))
 
 
+LAUNCHERS = {
+    "torch.distributed.run": "--nnodes 2 --node_rank {i} --nproc_per_node 1"
+    " --master_addr 127.0.0.1 --master_port {port}",
+    "accelerate.commands.launch": "--multi_gpu --num_machines 2 --machine_rank {i}"
+    " --num_processes 2 --main_process_ip 127.0.0.1 --main_process_port {port}",
+}
+
+
 @pytest.mark.slow
-def test_two_launchers_without_a_common_disk_run_and_resume(here):
-    """As `test_two_machines_need_no_disk_in_common`, by torchrun itself."""
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_two_launchers_without_a_common_disk_run_and_resume(here, launcher):
+    """As `test_two_machines_need_no_disk_in_common`, by the commands of docs/many-gpus.md."""
     finish(2, tiny(batch_size=2, experiment_name="whole"))
     for name in ("a", "b"):
         (here / name).mkdir()
         write_pictures(here / name, 22)
-    for steps in (3, 6):
-        config, port = dict(batch_size=2, num_training_steps=steps, resume=steps == 6), free_port()
-        options = ["--nnodes", "2", "--nproc_per_node", "1", "--master_addr", "127.0.0.1"]
-        options += ["--master_port", str(port), "--node_rank"]
-        machines = [launch("", config, *options, str(i), cwd=c) for i, c in enumerate("ab")]
+    die = "real = train.train_step\ndef step(config, state, *a):\n"
+    die += "    if os.environ['RANK'] == '1' and state.step == 4: os.kill(os.getpid(), 9)\n"
+    die += "    return real(config, state, *a)\ntrain.train_step = step"
+    for body in (die, ""):
+        config, port = dict(batch_size=2, resume=body == "", device="cpu"), free_port()
+        options = [LAUNCHERS[launcher].format(i=i, port=port).split() for i in (0, 1)]
+        machines = [
+            launch(body, config, *of_machine, cwd=folder, launcher=launcher)
+            for of_machine, folder in zip(options, "ab", strict=True)
+        ]
         texts = [wait(machine) for machine in machines]
-        assert [machine.returncode for machine in machines] == [0, 0], texts
+        assert [machine.returncode for machine in machines] == [int(body != "")] * 2, texts
     assert not (here / "b" / "run").exists() and "resumed" in texts[0]
     assert_equal_runs(final("whole", 6), final("a/run", 6))
 

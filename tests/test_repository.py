@@ -154,7 +154,7 @@ def test_every_flag_in_the_documents_exists():
         if "cli.parse(" in path.read_text(encoding="utf-8"):
             known |= flag_names(benchmark_config(path.stem))
     others = {"logdir", "num_processes", "cpu", "num_machines", "machine_rank"}  # of other programs
-    others |= {"nnodes", "node_rank", "master_addr", "master_port", "max_restarts"}
+    others |= {"nnodes", "node_rank", "master_addr", "master_port", "max_restarts", "multi_gpu"}
     others |= {
         "main_process_ip",
         "main_process_port",
