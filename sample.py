@@ -84,7 +84,7 @@ def sample_with(config: SampleConfig, processes: Processes) -> Path:
         trained = add_guide(trained, config.guide, config.autoguidance)
     attributes = read_condition(config, trained)
     out, numbers, columns, labels = Path(config.out), range(config.num_images), 0, []
-    check_out(out)
+    processes.from_main(lambda: check_out(out))  # before another's images lie there
     options = {name: getattr(config, name) for name in ("seed", "sampler", "steps", "eta")}
     options |= dict(attributes=attributes, guidance=config.guidance)
 

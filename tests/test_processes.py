@@ -78,6 +78,7 @@ def fork(count: int, work, folders=None) -> list[int]:
                 os.chdir(folders[rank])
                 here_too = {"LOCAL_WORLD_SIZE": 1, "LOCAL_RANK": 0, "GROUP_RANK": rank}
             here_too |= {"RANK": rank, "WORLD_SIZE": count, "MASTER_PORT": port}
+            here_too |= {"OMP_NUM_THREADS": 1}  # or accelerate sets more: other roundings
             os.environ.update({k: str(v) for k, v in here_too.items()}, MASTER_ADDR="127.0.0.1")
             from accelerate.state import AcceleratorState, PartialState
 
