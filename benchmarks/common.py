@@ -124,13 +124,18 @@ class Worker:
         self.process = context.Process(target=_serve, args=(theirs, make, arguments))
         self.process.start()
         theirs.close()
-        self._receive()
+        self.receive()
 
     def __call__(self, method: str, *arguments):
-        self.pipe.send((method, arguments))
-        return self._receive()
+        self.send(method, *arguments)
+        return self.receive()
 
-    def _receive(self):
+    def send(self, method: str, *arguments) -> None:
+        """Let it begin with a method."""
+        self.pipe.send((method, arguments))
+
+    def receive(self):
+        """Wait for the answer."""
         try:
             good, answer = self.pipe.recv()
         except EOFError:

@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -301,3 +302,12 @@ def test_busy_speed_compares_settings_alone_and_beside_a_busy_process():
     assert rows["GOMP_SPINCOUNT=300000"]["of the first row"] == "100.0%"
     bad = run_script("benchmarks/busy_speed.py", "--settings", "NICE=1")
     assert_error(bad, 2, "--settings", "NICE=1", "OMP_WAIT_POLICY")
+
+
+@pytest.mark.slow
+def test_processes_speed_compares_several_processes_with_several_threads():
+    text = run("processes_speed", *"--channels 8 --rounds 1 --steps 1".split())
+    (rows,) = read_tables(text)
+    assert list(rows) == ["1 process, 2 threads", "2 processes", "without an exchange"]
+    assert all(float(row["images/s"]) > 0 for row in rows.values())
+    assert re.search(r"the exchange of 0\.\d MB takes -?[\d.]+ ms", text)

@@ -22,6 +22,7 @@ import cli
 import files
 import images
 import log as log_module
+import processes
 import run as run_module
 import safety
 import train as train_module
@@ -66,7 +67,8 @@ def in_child(work) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-TRACED = {module.__file__ for module in (train_module, run_module, utils, files, safety)}
+MODULES = (train_module, run_module, utils, files, safety, processes)
+TRACED = {module.__file__ for module in MODULES}
 ROUNDS = 6  # of a loop over tensors, which touches no file, the first six count
 
 
@@ -120,12 +122,13 @@ def quick(here, monkeypatch):
     return here
 
 
-def kill_everywhere(stride: int, twice: bool = False) -> None:
-    """Kill a run at every stride-th line, resume it, and compare what it ends with."""
+def kill_everywhere(stride: int, twice: bool = False, least: int = 800) -> None:
+    """Kill a run at every stride-th line, of `least` at least, resume it, and compare its end."""
     settings = {**FAST, "num_training_steps": 2, "num_samples": 1}
     train(tiny(**{**settings, "experiment_name": "whole"}))  # the first run has lines of its own
     reference = final("whole", 2)
     lines = count_lines(tiny(**{**settings, "experiment_name": "counted", "resume": True}))
+    assert lines >= least
     points = range(1, lines + 1, stride)
     for point in points:
         run = tiny(**{**settings, "experiment_name": f"run{point}", "resume": True})
@@ -136,7 +139,6 @@ def kill_everywhere(stride: int, twice: bool = False) -> None:
         assert in_child(lambda run=run: train(run)) == 0, point
         assert_equal_runs(final(run.experiment_name, 2), reference)
         shutil.rmtree(run.experiment_name)
-    assert lines > 500
     print(f"killed at {len(points)} of {lines} lines")
 
 
@@ -151,6 +153,12 @@ def test_a_run_killed_while_resuming_resumes_to_the_same_end(quick):
 @pytest.mark.slow
 def test_a_run_killed_at_every_line_resumes_to_the_same_end(quick):
     kill_everywhere(stride=1)
+
+
+@pytest.mark.parametrize("stride", [55, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_run_killed_while_it_logs_resumes_to_the_same_end(here, monkeypatch, stride):
+    monkeypatch.setattr(sys.modules[__name__], "TRACED", {log_module.__file__})
+    kill_everywhere(stride, least=100)
 
 
 def kill_at_random_times(times: int, config: dict) -> None:
