@@ -181,8 +181,9 @@ def stopped(commands: list[list[str]], environments: list[dict], folder: Path) -
 RANK = """
 import sys, functools
 sys.path.insert(0, {root!r})
-import cli, train
-train.InitProcessGroupKwargs = functools.partial(train.InitProcessGroupKwargs, backend="gloo")
+import accelerate, cli, train
+options = accelerate.InitProcessGroupKwargs
+accelerate.InitProcessGroupKwargs = functools.partial(options, backend="gloo")
 cli.run(train.main)
 """
 
@@ -259,6 +260,20 @@ def sample_speed(config: GpuConfig) -> dict:
     return measured("benchmarks/sample_speed.py", *network(config), *size)
 
 
+def variants(config: GpuConfig, *names: str) -> dict:
+    """Other ways to compute a step and images: what wins belongs into the product."""
+    names = names or ("as it is", "not compiled", "norm by channels", "transposed upsampling")
+    size = ["--batch_size", "2", "--steps", "1"] if config.toy else []
+    size += ["--device", config.device] if config.device else []
+    return measured("benchmarks/variants.py", *network(config), *size, "--variants", *names)
+
+
+def variants_of_modes(config: GpuConfig) -> dict:
+    """See `variants`."""
+    names = ("as it is", "grad_scale", "CUDA graphs", *(() if config.toy else ("max-autotune",)))
+    return variants(config, *names)
+
+
 def kernels(config: GpuConfig) -> dict:
     """Where the time of a step goes, by kernel, compiled; and what waits for the device."""
     device = find_device(config.device)
@@ -315,6 +330,8 @@ PARTS = {
     "speed": Part(speed_fp16, 480),
     "speed_advised": Part(speed_advised, 480),
     "kernels": Part(kernels, 200),
+    "variants": Part(variants, 400),
+    "variants_of_modes": Part(variants_of_modes, 480),
     "sample_speed": Part(sample_speed, 240),
     "ranks": Part(ranks, 240),
     "full_size": Part(full_size, 300),

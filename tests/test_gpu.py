@@ -8,7 +8,8 @@ import torch
 from conftest import run_script
 
 import cli
-from benchmarks import gpu, gpu_parts, sample_speed, train_speed
+import unet
+from benchmarks import gpu, gpu_parts, peers, sample_speed, train_speed, variants
 from benchmarks.gpu_parts import PARTS, GpuConfig
 from errors import UsageError
 
@@ -55,16 +56,59 @@ def test_the_commands_of_the_benchmarks_are_understood(monkeypatch, toy):
     commands = []
     monkeypatch.setattr(gpu_parts, "measured", lambda *command: commands.append(command))
     config = GpuConfig(toy=toy, device="cpu")
-    for part in ("speed", "speed_advised", "sample_speed"):
+    parts = ("speed", "speed_advised", "sample_speed", "variants", "variants_of_modes")
+    for part in parts:
         PARTS[part].find_out(config)
     for script, *flags in commands:
         if "train_speed" in script:
             asked = cli.parse(train_speed.TrainSpeedConfig, flags, "")
             assert set(asked.rows) <= set(train_speed.ROWS)
             train_speed.config_of(asked)
+        elif "variants" in script:
+            asked = cli.parse(variants.VariantsConfig, flags, "")
+            assert set(asked.variants) <= set(variants.VARIANTS)
         else:
             sample_speed.config_of(cli.parse(sample_speed.SampleSpeedConfig, flags, ""))
     assert [Path(command[0]).name for command in commands].count("train_speed.py") == 2
+
+
+@pytest.fixture
+def unchanged(monkeypatch):
+    """What a variant changes is as it was afterwards."""
+    for owner in (unet.GroupNorm, unet.Upsample):
+        monkeypatch.setattr(owner, "forward", owner.forward)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", torch.nn.utils.clip_grad_norm_)
+
+
+def momentum_of(changed, ours) -> torch.Tensor:
+    """AdamW's averaged gradients after two steps under a loss scale, and one between that fails."""
+    ours.state.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    changed(ours)
+    ours.step()
+    ours.step_on(lambda index: (ours.batches(index)[0] * float("nan"), None))
+    assert ours.state.scaler.get_scale() == 512
+    ours.step()
+    return torch.cat([s["exp_avg"].flatten() for s in ours.state.optimizer.state.values()])
+
+
+CHANGES = {
+    "norm by channels": lambda ours: setattr(unet.GroupNorm, "forward", variants.norm_by_channels),
+    "transposed upsampling": lambda ours: setattr(
+        unet.Upsample, "forward", variants.transposed_upsampling
+    ),
+    "grad_scale": variants.fold_into_adamw,
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_variant_has_the_gradients_of_the_product(unchanged, name):
+    options = dict(batch_size=2, num_res_blocks=1, mixed_precision="no", max_grad_norm=0.1)
+    config = peers.make_config(8, 64, (1, 1), warmup_steps=0, **options)
+    expected = momentum_of(lambda ours: None, peers.Ours(config, torch.device("cpu")))
+    found = momentum_of(CHANGES[name], peers.Ours(config, torch.device("cpu")))
+    assert (found - expected).norm() < 1e-3 * expected.norm()
+    # On a CPU the product's float32 upsamples so itself; the others round in another order.
+    assert torch.equal(found, expected) == (name == "transposed upsampling")
 
 
 def test_parts_that_are_left_go_on_and_faults_are_kept(folder, monkeypatch):
