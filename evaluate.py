@@ -75,7 +75,7 @@ class EvaluateConfig:
     loss_draws: int = constant(2, least=0)  # held-out faces at each t; 0: no held-out loss
     seed: int = constant(0, least=0)  # image i depends on (seed, i) alone
     batch_size: int = constant(64, least=1)  # images generated at a time
-    guide: str = ""  # an early checkpoint of the same run, to lead the images away from its errors
+    guide: str = "auto"  # an early checkpoint whose errors to avoid; auto: the run's own; none
     autoguidance: float = constant(1.5, least=1)  # how far it leads: 1 not at all, 2 far
     raw: bool = False  # generate with the weights as trained, not with their average (EMA)
     device: Literal[*DEVICES] = "auto"  # auto: cuda where there is one, else cpu; mps: untried
@@ -96,8 +96,7 @@ def evaluate_with(config: EvaluateConfig, processes: Processes) -> Path:
     raw = load_trained(averaged.path, raw=True, device=device)
     trained, settings = raw if config.raw else averaged, averaged.settings
     check_samplers(config, trained.diffusion.num_timesteps)
-    if config.guide:
-        trained = add_guide(trained, config.guide, config.autoguidance)
+    trained = add_guide(trained, config.guide, config.autoguidance)
     if not config.features:
         config = replace(config, features="none" if device == "cpu" else "inception")
         if device == "cpu":

@@ -23,8 +23,9 @@ from errors import CheckpointError, DataError, UsageError
 from files import write_atomically
 from images import image_grid, to_uint8
 from pretrained import open_weights
+from terminal import say
 from unet import UNet
-from utils import plain_keys, reading
+from utils import find_guide, plain_keys, reading
 
 
 @dataclass(frozen=True)
@@ -105,9 +106,25 @@ class Autoguided(nn.Module):
         return bad + self.strength * (good - bad)
 
 
-def add_guide(trained: Trained, checkpoint: str | Path, strength: float) -> Trained:
-    """The network guided by an earlier checkpoint of its run. Raises UsageError where that is of
-    other images, CheckpointError where it cannot be loaded."""
+def own_guide(trained: Trained) -> Path | None:
+    """What guides these weights where nothing is said: the early checkpoint that their run kept,
+    if they have at least twice its steps; the folder `<name>_guide` beside a folder of weights."""
+    folder = trained.path.parent
+    if folder.name != "checkpoints":
+        folder = folder.parent if folder.name == "unet" else folder
+        beside = folder.with_name(f"{folder.name}_guide")
+        return beside if beside.is_dir() else None
+    guide = find_guide(folder.parent, trained.settings["num_training_steps"])
+    return guide if guide and int(guide.stem[5:]) * 2 <= trained.step else None
+
+
+def add_guide(trained: Trained, checkpoint: str | Path = "auto", strength: float = 1.5) -> Trained:
+    """The network guided by an earlier checkpoint of its run: "auto" takes `own_guide`'s, "none"
+    none, and the network stays as it is. Raises UsageError where the checkpoint is of other images,
+    CheckpointError where it cannot be loaded."""
+    checkpoint = {"auto": own_guide(trained), "none": None}.get(checkpoint, checkpoint)
+    if not checkpoint:
+        return trained
     guide = load_trained(
         checkpoint, device=trained.diffusion.device, half=trained.dtype is not None
     )
@@ -119,6 +136,7 @@ def add_guide(trained: Trained, checkpoint: str | Path, strength: float) -> Trai
             raise UsageError("--guide", what, "name an earlier checkpoint of the same run")
     with open(guide.path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
+    say(f"guided by {guide.path}")
     model = Autoguided(trained.model, guide.model, strength)
     return replace(trained, model=model, guided_by=f"{digest} {strength}")
 

@@ -114,7 +114,7 @@ def rehearse(run: Run, processes: Processes, stop: StopSignals) -> None:
     say(run.faces.description)
     say(f"{millions:.1f} M weights in {used} on {processes.world_size} x {device.type}")
     size = sum(p.nbytes for p in model.parameters())
-    needed = (config.keep_checkpoints + 1) * size * 4  # weights, EMA, two moments of Adam's
+    needed = (config.keep_checkpoints + 2) * size * 4  # weights, EMA, two moments of Adam's
     sample = partial(run.sample, stop, config.num_samples, steps=1)  # as large as it will be
     preflight(run.folder, needed, sample, run.save)
     save_json(run.folder / "config.json", asdict(config))

@@ -61,7 +61,7 @@ class SampleConfig:
     guidance: float = constant(1.0, least=0)  # how strongly: 1 as learned, 2 to 4 more so
     sheet: bool = False  # a row for each attribute on and off, num_images columns of the same noise
     interpolate: tuple[int, ...] = constant((), least=0)  # as 3 8: faces from image 3 to image 8
-    guide: str = ""  # an early checkpoint of the same run, to lead the images away from its errors
+    guide: str = "auto"  # an early checkpoint whose errors to avoid; auto: the run's own; none
     autoguidance: float = constant(1.5, least=1)  # how far it leads: 1 not at all, 2 far
     raw: bool = False  # generate with the weights as trained, not with their average (EMA)
     device: Literal[*DEVICES] = "auto"  # auto: cuda where there is one, else cpu; mps: untried
@@ -80,8 +80,7 @@ def sample_with(config: SampleConfig, processes: Processes) -> Path:
     """What `sample` does, by these processes, which take turns with the batches."""
     trained = load_trained(config.checkpoint or None, config.raw, processes.device)
     check_config(config, trained.diffusion.num_timesteps)
-    if config.guide:
-        trained = add_guide(trained, config.guide, config.autoguidance)
+    trained = add_guide(trained, config.guide, config.autoguidance)
     attributes = read_condition(config, trained)
     out, numbers, columns, labels = Path(config.out), range(config.num_images), 0, []
     processes.from_main(lambda: check_out(out))  # before another's images lie there

@@ -101,7 +101,7 @@ class Config:
     sample_every: int = free(5000, least=1)  # steps between two grids of samples
     num_samples: int = free(64, least=1)  # images in a grid
     save_every: int = free(5000, least=1)  # steps between two checkpoints
-    keep_checkpoints: int = free(3, least=1)  # newest checkpoints that are kept
+    keep_checkpoints: int = free(3, least=1)  # newest ones that are kept, beside the early guide
 
 
 # What to do where memory does not suffice.
@@ -113,23 +113,24 @@ DEMO = dict(
     experiment_name="demo",
     path_to_data="synthetic",
     img_size=32,
-    channels=48,
-    channel_mults=(1, 2, 2),
+    channels=32,
+    channel_mults=(1, 2, 4),
     num_res_blocks=1,
     attn_resolutions=(8,),
-    head_dim=48,
     dropout=0.0,
+    norm_groups=16,
     prediction="v",
-    num_training_steps=2000,
-    batch_size=32,
-    learning_rate=8e-4,
+    num_training_steps=1500,
+    batch_size=16,
+    optimizer="muon",
+    learning_rate=3e-3,
     lr_schedule="cosine",
-    warmup_steps=100,
+    warmup_steps=75,
     ema_decay=0.995,
     mixed_precision="bf16",
     log_every=50,
-    sample_every=400,
-    save_every=400,
+    sample_every=300,
+    save_every=300,
 )
 
 
@@ -265,7 +266,7 @@ def train(config: Config) -> Path:
                 if saving and is_main:
                     lock.check()
                     run.save(checkpoint_path(folder, step))
-                    prune_checkpoints(checkpoint_path(folder, step), config.keep_checkpoints)
+                    prune_checkpoints(checkpoint_path(folder, step), config.keep_checkpoints, total)
 
                 # Log and sample.
                 if logging and is_main:

@@ -223,11 +223,22 @@ def open_checkpoint(given: str | Path | None) -> tuple[Path, dict]:
     return load_newest_checkpoint(path.parent.parent)
 
 
-def prune_checkpoints(newest: Path, keep: int) -> None:
-    """Remove all but `keep` checkpoints: `newest`, the one just saved, and those before it. Files
-    of later steps are not of this run."""
-    paths = list_checkpoints(newest.parent.parent)
+def find_guide(folder: Path, num_training_steps: int) -> Path | None:
+    """The checkpoint that guides a run's images (`generate.add_guide`): the first that was saved
+    after a fifth of the steps."""
+    paths = list_checkpoints(folder)
+    late = [path for path in paths if int(path.stem[5:]) * 5 >= num_training_steps]
+    return late[-1] if late else None
+
+
+def prune_checkpoints(newest: Path, keep: int, num_training_steps: int) -> None:
+    """Remove all but `keep` checkpoints, `newest`, the one just saved, and those before it, and the
+    one that guides. Files of later steps are not of this run."""
+    folder = newest.parent.parent
+    paths, guide = list_checkpoints(folder), find_guide(folder, num_training_steps)
     for path in paths[paths.index(newest) :][keep:]:
+        if path == guide:
+            continue
         try:
             path.unlink(missing_ok=True)
         except OSError as error:

@@ -22,6 +22,7 @@ from benchmarks.data_speed import DataSpeedConfig
 from benchmarks.quality import QualityConfig
 from benchmarks.sample_speed import SampleSpeedConfig
 from benchmarks.train_speed import TrainSpeedConfig
+from convert import ConvertConfig, convert
 from errors import CheckpointError, UsageError, UserError, is_out_of_memory
 from evaluate import EvaluateConfig
 from generate import add_guide, generate, load_trained
@@ -29,7 +30,13 @@ from sample import SampleConfig, main, noise_between, sample
 from samplers import SAMPLERS
 from train import Config, train
 from unet import GroupNorm
-from utils import checkpoint_path, find_checkpoint, load_checkpoint, save_checkpoint
+from utils import (
+    checkpoint_path,
+    find_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+)
 
 HALF_A_GREY_LEVEL = 1 / 255  # of images in [-1, 1]; eps at the start is divided by 1 / 80
 
@@ -178,9 +185,27 @@ def test_guided_network_goes_from_its_early_self_through_itself_and_on(run):
 
 
 def test_guide_changes_the_images_and_at_1_does_not(run):
-    plain = saved_images()
+    plain = saved_images(guide="none")
     assert np.array_equal(saved_images(guide=EARLY, autoguidance=1.0), plain)
     assert not np.array_equal(saved_images(guide=EARLY), plain)
+
+
+def test_a_run_guides_its_images_by_the_checkpoint_it_kept_of_a_fifth_of_its_steps(here):
+    train(tiny(num_training_steps=10, save_every=1, keep_checkpoints=2))
+    assert [path.stem[-2:] for path in list_checkpoints(here / "run")] == ["10", "09", "02"]
+    early = "run/checkpoints/step_00000002.pt"
+    assert np.array_equal(saved_images(), saved_images(guide=early))
+    plain = saved_images(checkpoint=early)  # nothing earlier is left to guide it
+    assert np.array_equal(plain, saved_images(checkpoint=early, guide="none"))
+
+
+def test_weights_beside_which_a_guide_lies_are_guided_by_it(here):
+    train(tiny(norm_groups=4))
+    convert(ConvertConfig(to_diffusers="run", out="mine"))
+    plain = saved_images(checkpoint="mine")
+    convert(ConvertConfig(to_diffusers=EARLY, out="mine_guide"))
+    assert not np.array_equal(saved_images(checkpoint="mine"), plain)
+    assert np.array_equal(saved_images(checkpoint="mine", guide="none"), plain)
 
 
 def test_guide_of_other_images_is_refused(run):

@@ -275,9 +275,9 @@ def test_run_leaves_what_the_design_says(here):
     assert rates[2] == pytest.approx(learning_rate(config, 1))
 
 
-def test_only_the_newest_checkpoints_are_kept(here):
+def test_only_the_newest_checkpoints_and_the_guide_are_kept(here):
     folder = train(tiny(save_every=1, keep_checkpoints=2))
-    assert [int(p.stem[5:]) for p in list_checkpoints(folder)] == [6, 5]
+    assert [int(p.stem[5:]) for p in list_checkpoints(folder)] == [6, 5, 2]  # 2 guides
 
 
 def test_checkpoint_rebuilds_networks_without_train(here):
