@@ -136,7 +136,7 @@ def test_a_kill_while_old_checkpoints_are_removed_leaves_the_newest(run, monkeyp
         shutil.copy(newest(run), checkpoint_path(run, step))
     monkeypatch.setattr(Path, "unlink", lambda *a, **k: (_ for _ in ()).throw(Killed()))
     with pytest.raises(Killed):
-        utils.prune_checkpoints(newest(run), 2)
+        utils.prune_checkpoints(newest(run), 2, 9)
     assert load_newest_checkpoint(run)[0] == checkpoint_path(run, 9)
     monkeypatch.undo()
 

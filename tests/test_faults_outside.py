@@ -104,7 +104,7 @@ def test_log_that_cannot_be_written_costs_no_step_and_is_said_once(here, monkeyp
     monkeypatch.setattr(builtins, "open", full)
     monkeypatch.setattr(io, "open", full)
     train(tiny(log_every=1, sample_every=1, save_every=1))
-    assert steps() == [6, 5, 4]
+    assert steps() == [6, 5, 4, 2]
     errors = capsys.readouterr().err
     for what in ("TensorBoard's file", "loss.png", "samples/"):
         assert errors.count(f"{what} is not written") == 1, errors
