@@ -107,7 +107,8 @@ def evaluate_with(config: EvaluateConfig, processes: Processes) -> Path:
         data = (config.path_to_data, trained.img_size, settings["only"], settings["attributes"])
         faces = load_faces(*data)
     real = split_real(config, faces)
-    say(f"{trained.path}, step {trained.step}, against {faces.description}")
+    guided = f", guided by {trained.guide}," if trained.guide else ""
+    say(f"{trained.path}, step {trained.step}{guided} against {faces.description}")
     if not faces.matches(settings["faces"]):
         say(f"note: it was trained on other faces ({settings['faces']})")
 

@@ -23,7 +23,6 @@ from errors import CheckpointError, DataError, UsageError
 from files import write_atomically
 from images import image_grid, to_uint8
 from pretrained import open_weights
-from terminal import say
 from unet import UNet
 from utils import find_guide, plain_keys, reading
 
@@ -39,7 +38,8 @@ class Trained:
     dtype: torch.dtype | None  # half precision to run it in, or None
     settings: dict  # the constants of its run
     step: int
-    guided_by: str = ""  # the guide and the strength, where there is one
+    guided_by: str = ""  # the digest of the guide and the strength, where there is one
+    guide: Path | None = None
 
     @property
     def img_size(self) -> int:
@@ -136,9 +136,8 @@ def add_guide(trained: Trained, checkpoint: str | Path = "auto", strength: float
             raise UsageError("--guide", what, "name an earlier checkpoint of the same run")
     with open(guide.path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    say(f"guided by {guide.path}")
     model = Autoguided(trained.model, guide.model, strength)
-    return replace(trained, model=model, guided_by=f"{digest} {strength}")
+    return replace(trained, model=model, guided_by=f"{digest} {strength}", guide=guide.path)
 
 
 def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:

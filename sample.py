@@ -221,7 +221,8 @@ def save_each(batches: Iterable[tuple[int, Tensor]], folder: Path) -> None:
 
 def done(config: SampleConfig, trained: Trained) -> Path:
     """Say what lies where."""
-    say(f"faces of {trained.path} in {config.out}")
+    guided = f", guided by {trained.guide}," if trained.guide else ""
+    say(f"faces of {trained.path}{guided} in {config.out}")
     return Path(config.out)
 
 
