@@ -62,10 +62,13 @@ class LargeGroupNorm(torch.autograd.Function):
         )
         of_x = -rstd * rstd * of_xhat
         constant = -rstd * of_mean - mean * of_x
+        # In rows of several pixels: those of 48 channels, say, do not fill the vector registers.
+        pixels = math.gcd(h * w, 16)
         of_dy, of_x, constant = (
-            factor.expand(sum_dy.shape).reshape(b, 1, c).to(x.dtype)
+            factor.expand(sum_dy.shape).reshape(b, 1, c).repeat(1, 1, pixels).to(x.dtype)
             for factor in (rstd * weight, of_x, constant)
         )
+        dy, x = (t.view(b, -1, pixels * c) for t in (dy, x))
         dx = torch.addcmul(constant, x, of_x).addcmul_(dy, of_dy)
         dx = dx.view(b, h, w, c).permute(0, 3, 1, 2)
         return dx, None, sum_dy_xhat.sum(0).view(c), sum_dy.sum(0).view(c), None
