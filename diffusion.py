@@ -27,7 +27,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from samplers import SAMPLERS, check_sampler, even_timesteps, make_posterior
+from samplers import (
+    SAMPLERS,
+    Predict,
+    check_sampler,
+    even_timesteps,
+    keep_known,
+    make_posterior,
+    put_noise,
+    resampled,
+)
 
 # One for all images, or one for each.
 Generators = torch.Generator | Sequence[torch.Generator] | None
@@ -142,7 +151,8 @@ class Diffusion:
         self.device, self.dtype = torch.device(device), dtype
         betas = NOISE_SCHEDULES[noise_schedule](num_timesteps).clamp(max=0.999)
         self._alphas_cumprod = torch.cumprod(1 - betas, dim=0)  # float64, on the CPU, for samplers
-        posterior = make_posterior(self._alphas_cumprod)
+        alphas_cumprod_prev = F.pad(self._alphas_cumprod[:-1], (1, 0), value=1.0)
+        posterior = make_posterior(self._alphas_cumprod, alphas_cumprod_prev)
         # At t = 0 the posterior's variance is 0: the next one's logarithm stands in.
         log_variance = torch.cat([posterior.variance[1:2], posterior.variance[1:]]).log()
 
@@ -151,7 +161,7 @@ class Diffusion:
 
         self.betas = table(betas)
         self.alphas_cumprod = table(self._alphas_cumprod)
-        self.alphas_cumprod_prev = table(F.pad(self._alphas_cumprod[:-1], (1, 0), value=1.0))
+        self.alphas_cumprod_prev = table(alphas_cumprod_prev)
         self.sqrt_alphas_cumprod = table(self._alphas_cumprod.sqrt())
         self.sqrt_one_minus_alphas_cumprod = table((1 - self._alphas_cumprod).sqrt())
         self.posterior_variance = table(posterior.variance)
@@ -224,25 +234,38 @@ class Diffusion:
         guidance: float = 1.0,
         eta: float = 0.0,
         x_T: Tensor | None = None,
+        image: Tensor | None = None,
+        strength: float = 1.0,
+        mask: Tensor | None = None,
+        resample: int = 1,
     ) -> Iterator[tuple[float, Tensor, Tensor]]:
         """Generate images move by move: yields (t, x_t, x_0_pred), the last x_0_pred is the image.
 
         sampler: a name in SAMPLERS; steps: evaluations of the network for an image; generator: one,
         or a list with one for each image; attributes: (B, K); guidance: how strongly they are
-        followed; eta: the noise that ddim adds; x_T: the noise to start from, else drawn. Raises
+        followed; eta: the noise that ddim adds; x_T: the noise to start from, else drawn.
+
+        image: (B or 1, C, H, W), noised to the share `strength` of T and brought back (SDEdit, Meng
+        et al. 2022): at 0 it stays, at 1 nothing of it is left, but, where there is a mask, bool
+        (B or 1, 1, H, W), what that leaves out (RePaint), with `resample` times the steps. Raises
         SamplerError for what the sampler cannot do."""
-        check_sampler(sampler, steps, eta, self.num_timesteps)
+        start = round(strength * self.num_timesteps)
+        check_sampler(sampler, steps, eta, max(1, start))
 
         def draw() -> Tensor:
             return draw_noise(shape, generator, self.device, self.dtype)
 
-        def predict(x_t: Tensor, t: float, alpha_bar_t: float) -> tuple[Tensor, Tensor]:
-            batch_t = torch.full((len(x_t),), t, device=self.device)
-            output = evaluate_model(model, x_t, batch_t, attributes, guidance).to(x_t.dtype)
-            return self.x_0_and_eps(output, x_t, alpha_bar_t)
-
-        x_T = draw() if x_T is None else x_T.to(self.device, self.dtype)
-        moves = SAMPLERS[sampler].run(predict, x_T, self._alphas_cumprod, steps, eta, draw)
+        x = draw() if x_T is None else x_T.to(self.device, self.dtype)
+        if start == 0:
+            yield -1, x, image.expand(*shape)
+            return
+        levels = SAMPLERS[sampler].levels(self._alphas_cumprod[:start], steps)
+        if start < self.num_timesteps:
+            x = put_noise(image, levels[0], x)
+        predict = self.predictor(model, attributes, guidance)
+        if mask is not None:
+            predict = keep_known(predict, image, mask)
+        moves = resampled(SAMPLERS[sampler].run, predict, x, levels, eta, draw, resample)
         while True:
             # The caller may keep training between two moves: modes are changed only inside one.
             with torch.no_grad(), evaluating(model):
@@ -250,3 +273,13 @@ class Diffusion:
             if move is None:
                 return
             yield move
+
+    def predictor(self, model: Callable, attributes: Tensor | None, guidance: float) -> Predict:
+        """What the samplers ask: the network at one time, as (x_0_pred, eps_pred)."""
+
+        def predict(x_t: Tensor, t: float, alpha_bar_t: float) -> tuple[Tensor, Tensor]:
+            batch_t = torch.full((len(x_t),), t, device=self.device)
+            output = evaluate_model(model, x_t, batch_t, attributes, guidance).to(x_t.dtype)
+            return self.x_0_and_eps(output, x_t, alpha_bar_t)
+
+        return predict

@@ -156,11 +156,13 @@ def sample_loop(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """`Diffusion.sample_loop` for the images of these numbers: yields (x_t, x_0_pred).
 
-    Image i depends on (seed, i) alone. attributes: (N, K), or (1, K) for all; turn, turns: of
-    several processes that take turns with the batches. Raises CheckpointError where the network
-    leaves the finite numbers."""
+    Image i depends on (seed, i) alone. attributes: (N, K), or (1, K) for all. Raises
+    CheckpointError where the network leaves the finite numbers."""
+    device = trained.diffusion.device
     if attributes is not None:
-        attributes = attributes.to(trained.diffusion.device).expand(len(numbers), -1)
+        attributes = attributes.to(device).expand(len(numbers), -1)
+    for name in options.keys() & {"image", "mask"}:
+        options[name] = options[name].to(device)
     options |= dict(generator=image_generators(seed, numbers), attributes=attributes)
     shape = (len(numbers), 3, trained.img_size, trained.img_size)
     for _, x_t, x_0_pred in trained.diffusion.sample_loop(trained, shape, **options):
@@ -176,8 +178,6 @@ def generate(
     seed: int = 0,
     batch_size: int = 64,
     steps: int = 20,
-    attributes: Tensor | None = None,
-    x_T: Tensor | None = None,
     bar: tqdm | None = None,
     turn: int = 0,
     turns: int = 1,
@@ -185,18 +185,23 @@ def generate(
 ) -> Iterator[Tensor]:
     """The images of these numbers, a batch at a time: yields (b, 3, H, W) in [-1, 1].
 
-    x_T: (N, 3, H, W), the noise to start from; bar: shows how many images are done, after each
-    step; the rest as for `sample_loop` and `Diffusion.sample_loop`, which say what is raised."""
-    if attributes is not None:
-        attributes = attributes.expand(len(numbers), -1)
+    bar: shows how many images are done, after each step; turn, turns: of several processes that
+    take turns with the batches; the rest as for `sample_loop` and `Diffusion.sample_loop`, which
+    say what is raised; of what has a row for each image (or one for all) each gets its own."""
+    of_each = {name: options.pop(name, None) for name in ("attributes", "x_T", "image", "mask")}
+    of_each = {
+        name: rows.expand(len(numbers), *rows.shape[1:])
+        for name, rows in of_each.items()
+        if rows is not None
+    }
+    moves = steps * options.get("resample", 1)
     for start in range(turn * batch_size, len(numbers), turns * batch_size):
         part = slice(start, start + batch_size)
-        options["attributes"] = None if attributes is None else attributes[part]
-        options["x_T"] = None if x_T is None else x_T[part]
+        options |= {name: rows[part] for name, rows in of_each.items()}
         loop = sample_loop(trained, numbers[part], seed, steps=steps, **options)
         for i, (_, images) in enumerate(loop):
             if bar is not None:  # whole images' worth of what is done
-                bar.update(len(images) * (i + 1) // steps - len(images) * i // steps)
+                bar.update(len(images) * (i + 1) // moves - len(images) * i // moves)
         yield images
 
 

@@ -4,6 +4,8 @@ python sample.py                                        # of the newest run: 64 
 python sample.py --checkpoint my_first_diffusion --num_images 64 --seed 0 --out faces.png
 python sample.py --sampler ddpm --steps 1000 --out way.gif    # from noise to faces
 python sample.py --num_images 5000 --out faces                # single images in a folder
+python sample.py --image face.png --mask mask.png             # generates what the mask has white
+python sample.py --image face.png --strength 0.4              # others like it
 """
 
 if __name__ == "__main__":
@@ -33,7 +35,7 @@ from tqdm import tqdm
 import cli
 from dataset import parse_attributes
 from device import DEVICES, find_device, keep_freed_memory
-from diffusion import draw_noise, image_generators
+from editing import between, noise_of, read_image, read_mask
 from errors import UsageError
 from files import check_writable
 from generate import Trained, add_guide, generate, load_trained, sample_loop, sheet
@@ -60,7 +62,11 @@ class SampleConfig:
     condition: tuple[str, ...] = ()  # attributes asked for: Smiling=1 Male=-1 (Smiling alone: =1)
     guidance: float = constant(1.0, least=0)  # how strongly: 1 as learned, 2 to 4 more so
     sheet: bool = False  # a row for each attribute on and off, num_images columns of the same noise
-    interpolate: tuple[int, ...] = constant((), least=0)  # as 3 8: faces from image 3 to image 8
+    image: str = ""  # an image of yours, to repair or to vary
+    mask: str = ""  # of the image's size, white where it is generated anew; the rest is kept
+    resample: int = constant(5, least=1)  # times that each part of a repair is gone through
+    strength: float = constant(1.0, least=0, most=1)  # 0 gives --image back, 1 nothing of it
+    interpolate: tuple[int | str, ...] = constant((), least=0)  # between two: 3 8, or a.png b.png
     guide: str = "auto"  # an early checkpoint whose errors to avoid; auto: the run's own; none
     autoguidance: float = constant(1.5, least=1)  # how far it leads: 1 not at all, 2 far
     raw: bool = False  # generate with the weights as trained, not with their average (EMA)
@@ -86,10 +92,13 @@ def sample_with(config: SampleConfig, processes: Processes) -> Path:
     processes.from_main(lambda: check_out(out))  # before another's images lie there
     options = {name: getattr(config, name) for name in ("seed", "sampler", "steps", "eta")}
     options |= dict(attributes=attributes, guidance=config.guidance)
+    options |= read_edit(config, trained)
 
     if config.interpolate:
         columns = config.num_images
-        options["x_T"] = noise_between(trained, config.interpolate, columns, config.seed)
+        way = dict(steps=config.steps, attributes=attributes, guidance=config.guidance)
+        ends = [noise_of(trained, end, config.seed, **way) for end in config.interpolate]
+        options["x_T"] = between(*ends, columns)
     elif out.suffix == ".gif":
         if not processes.is_main:  # a way is not worth sharing
             return out
@@ -125,7 +134,8 @@ def check_config(config: SampleConfig, num_timesteps: int | None = None) -> None
     """Raise UsageError, naming the flag, for what cannot be. num_timesteps: T where it is known."""
     check_ranges(config)
     try:
-        check_sampler(config.sampler, config.steps, config.eta, num_timesteps)
+        start = num_timesteps and max(1, round(config.strength * num_timesteps))
+        check_sampler(config.sampler, config.steps, config.eta, start)
     except SamplerError as error:
         raise UsageError(f"--{error.argument}", error.what, error.fix) from error
 
@@ -139,12 +149,20 @@ def check_config(config: SampleConfig, num_timesteps: int | None = None) -> None
     is_grid = suffix == ".png" or not config.sheet
     check(is_grid, "out", "a name ending in .png, as --sheet is a grid")
     if config.interpolate:
-        check(len(config.interpolate) == 2, "interpolate", "the numbers of two images, such as 3 8")
+        fix = "two images: their numbers, such as 3 8, or their files"
+        check(len(config.interpolate) == 2, "interpolate", fix)
         check(not config.sheet, "sheet", "either --sheet or --interpolate")
+        check(not config.image, "image", "either --image or --interpolate")
         check(config.eta == 0, "eta", "0, so that the same noise makes the same image")
         names = " or ".join(name for name in SAMPLERS if is_deterministic(name))
         fix = f"{names}, by which the same noise makes the same image"
         check(is_deterministic(config.sampler), "sampler", fix)
+    if config.image:
+        to_do = config.mask or config.strength < 1
+        check(bool(to_do), "image", "with it --mask to repair it, or --strength below 1 to vary it")
+    else:
+        check(not config.mask, "mask", "with it --image, of which it says what to generate")
+        check(config.strength == 1, "strength", "with it --image, which it changes")
 
 
 def check_out(out: Path) -> None:
@@ -177,24 +195,20 @@ def read_condition(config: SampleConfig, trained: Trained) -> Tensor | None:
     return torch.tensor([[float(condition.get(name, 0)) for name in names]])
 
 
-def noise_between(trained: Trained, ends: tuple[int, int], count: int, seed: int) -> Tensor:
-    """(count, 3, H, W) of noise from that of one image to that of another, on the great circle, so
-    that what lies between is as long as noise is (Song et al. 2020, eq. 67).
-
-    ends: the numbers of the two images."""
-    shape = (2, 3, trained.img_size, trained.img_size)
-    a, b = draw_noise(shape, image_generators(seed, ends), "cpu").flatten(1)
-    angle = torch.acos(torch.dot(a, b) / (a.norm() * b.norm()))
-    share = torch.linspace(0, 1, count)[:, None]
-    if float(angle) == 0:  # twice the same image
-        return a.expand(count, -1).reshape(count, *shape[1:])
-    noise = (torch.sin((1 - share) * angle) * a + torch.sin(share * angle) * b) / torch.sin(angle)
-    return noise.reshape(count, *shape[1:])
+def read_edit(config: SampleConfig, trained: Trained) -> dict:
+    """The options of `Diffusion.sample_loop` by which an image is repaired or varied. Raises
+    DataError for files that cannot be."""
+    if not config.image:
+        return {}
+    edit = dict(image=read_image(config.image, trained), strength=config.strength)
+    if config.mask:
+        edit |= dict(mask=read_mask(config.mask, config.image, trained), resample=config.resample)
+    return edit
 
 
 def frames_from_noise(trained: Trained, numbers: Sequence[int], **options) -> list[Image.Image]:
     """The way from noise to faces: grids of x_t at up to GIF_FRAMES steps, and of the faces."""
-    steps = options["steps"]
+    steps = options["steps"] * options.get("resample", 1)
     loop = tqdm(sample_loop(trained, numbers, **options), total=steps, unit="step", disable=None)
     frames = []
     for i, (x_t, x_0_pred) in enumerate(loop):

@@ -1,55 +1,69 @@
 """The samplers: functions of one form, and SAMPLERS, the table of what is true of each.
 
-A sampler goes from noise, x at t = T-1, to an image, and yields (t, x_t, x_0_pred) after each move;
-the last x_0_pred is the image. It is given
+A sampler goes through a list of noise levels, from noise to an image. It evaluates the network at
+each level but the last, which it leads to, yields (t, x_t, x_0_pred) after each evaluation, and
+returns x at the last level. It is given
 
     predict(x_t, t, alpha_bar_t)   one evaluation of the network: (x_0_pred, eps_pred); t may be a
                                    fraction, between two timesteps
-    x                              (B, C, H, W), the noise
-    alphas_cumprod                 (T,) float64, on the CPU: the noise schedule
-    steps                          evaluations of the network, exactly so many
+    x                              (B, C, H, W), x_t at the first level: noise, at the beginning
+    levels                         `Level`s, each with less noise than the one before
     eta                            how much noise is added on the way: 0 none, 1 as much as by DDPM
     draw_noise()                   noise of x's shape
 
+As it may begin and end at any level, and as all that it knows of the image comes from `predict`,
+`resampled` and `keep_known` make a sampler that repairs images of any of them.
+
 DDPM: Ho et al. 2020. Respacing: Nichol and Dhariwal 2021. DDIM: Song et al. 2020. DPM-Solver++ 2M:
-Lu et al. 2022. To add one: write the function, enter it in SAMPLERS.
+Lu et al. 2022. Repair: Lugmayr et al. 2022, "RePaint". To add one: write the function, enter it in
+SAMPLERS.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 SIGMA_MAX = 80.0  # where DPM-Solver++ starts: with more noise x_t holds nothing of the image
 
+
+class Level(NamedTuple):
+    """How much noise there is in x_t."""
+
+    t: float
+    alpha_bar: float  # the share of the image's variance that is left
+
+
+IMAGE = Level(-1, 1.0)  # without noise: what all ways lead to
+
 Predict = Callable[[Tensor, float, float], tuple[Tensor, Tensor]]
-Moves = Iterator[tuple[float, Tensor, Tensor]]
+Moves = Generator[tuple[float, Tensor, Tensor], None, Tensor]
 
 
 class Posterior(NamedTuple):
-    """q(x_{t-1} | x_t, x_0), Ho et al. 2020 eq. 6 and 7, at each of a sequence of timesteps."""
+    """q(x_{t-1} | x_t, x_0), Ho et al. 2020 eq. 6 and 7."""
 
-    variance: Tensor  # 0 at the first
+    variance: Tensor  # 0 at the first timestep
     mean_coef1: Tensor  # of x_0
     mean_coef2: Tensor  # of x_t
 
 
-def make_posterior(alphas_cumprod: Tensor) -> Posterior:
-    """The posterior between neighbours in an increasing sequence of timesteps.
-
-    alphas_cumprod: (n,) float64 at those timesteps; before the first one lies the image itself."""
-    alphas_cumprod_prev = F.pad(alphas_cumprod[:-1], (1, 0), value=1.0)
-    alphas = alphas_cumprod / alphas_cumprod_prev
-    rest, rest_prev = 1 - alphas_cumprod, 1 - alphas_cumprod_prev
+def make_posterior(alpha_bar: Tensor, alpha_bar_prev: Tensor) -> Posterior:
+    """The posterior of moves, each from a level to one with less noise: tables, or two numbers."""
+    alpha = alpha_bar / alpha_bar_prev
+    rest, rest_prev = 1 - alpha_bar, 1 - alpha_bar_prev
     return Posterior(
-        variance=(1 - alphas) * rest_prev / rest,
-        mean_coef1=(1 - alphas) * alphas_cumprod_prev.sqrt() / rest,
-        mean_coef2=rest_prev * alphas.sqrt() / rest,
+        variance=(1 - alpha) * rest_prev / rest,
+        mean_coef1=(1 - alpha) * alpha_bar_prev**0.5 / rest,
+        mean_coef2=rest_prev * alpha**0.5 / rest,
     )
+
+
+# Levels ------------------------------------------------------------------------------------------
 
 
 def even_timesteps(num_timesteps: int, steps: int) -> Tensor:
@@ -59,70 +73,129 @@ def even_timesteps(num_timesteps: int, steps: int) -> Tensor:
     return torch.linspace(0, num_timesteps - 1, steps, dtype=torch.float64).round().long()
 
 
-def ddpm(
-    predict: Predict, x: Tensor, alphas_cumprod: Tensor, steps: int, eta: float, draw_noise
-) -> Moves:
+def even_in_t(alphas_cumprod: Tensor, steps: int) -> list[Level]:
+    """The last of the timesteps, `steps` evenly spaced ones in all, and the image.
+
+    alphas_cumprod: (n,) float64, on the CPU: the noise schedule, or its first n timesteps."""
+    timesteps = even_timesteps(len(alphas_cumprod), steps).flip(0)
+    return [*map(Level, timesteps.tolist(), alphas_cumprod[timesteps].tolist()), IMAGE]
+
+
+def even_in_log_sigma(alphas_cumprod: Tensor, steps: int) -> list[Level]:
+    """The same, evenly spaced in log sigma, so in log-SNR, from SIGMA_MAX at most to the schedule's
+    smallest; sigma is the noise in x_t / sqrt(alpha_bar_t) = x_0 + sigma * eps."""
+    log_sigmas = (1 / alphas_cumprod - 1).log().numpy() / 2  # increasing in t
+    chosen = np.linspace(min(math.log(SIGMA_MAX), log_sigmas[-1]), log_sigmas[0], steps)
+    timesteps = np.interp(chosen, log_sigmas, np.arange(len(alphas_cumprod)))
+    return [*map(Level, timesteps.tolist(), (1 / (1 + np.exp(2 * chosen))).tolist()), IMAGE]
+
+
+def put_noise(x_0: Tensor, level: Level, eps: Tensor) -> Tensor:
+    """x_t at a level, of an image and this noise: Ho et al. 2020 eq. 4."""
+    return math.sqrt(level.alpha_bar) * x_0 + math.sqrt(1 - level.alpha_bar) * eps
+
+
+# The samplers ------------------------------------------------------------------------------------
+
+
+def ddpm(predict: Predict, x: Tensor, levels: Sequence[Level], eta: float, draw_noise) -> Moves:
     """Ho et al. 2020 algorithm 2, with the posterior's variance, on a subset of the timesteps."""
-    timesteps = even_timesteps(len(alphas_cumprod), steps)
-    alphas_cumprod = alphas_cumprod[timesteps]
-    posterior = make_posterior(alphas_cumprod)
-    for i in reversed(range(steps)):
-        t = int(timesteps[i])
-        x_0_pred, _ = predict(x, t, float(alphas_cumprod[i]))
-        yield t, x, x_0_pred
-        if i > 0:
-            mean = float(posterior.mean_coef1[i]) * x_0_pred + float(posterior.mean_coef2[i]) * x
-            x = mean + math.sqrt(posterior.variance[i]) * draw_noise()
+    for here, there in pairwise(levels):
+        x_0_pred, _ = predict(x, *here)
+        yield here.t, x, x_0_pred
+        posterior = make_posterior(here.alpha_bar, there.alpha_bar)
+        x = posterior.mean_coef1 * x_0_pred + posterior.mean_coef2 * x
+        if posterior.variance > 0:
+            x = x + math.sqrt(posterior.variance) * draw_noise()
+    return x
 
 
-def ddim(
-    predict: Predict, x: Tensor, alphas_cumprod: Tensor, steps: int, eta: float, draw_noise
-) -> Moves:
+def ddim(predict: Predict, x: Tensor, levels: Sequence[Level], eta: float, draw_noise) -> Moves:
     """Song et al. 2020 eq. 12, its sigma scaled by eta as in eq. 16."""
-    timesteps = even_timesteps(len(alphas_cumprod), steps)
-    for i in reversed(range(steps)):
-        t = int(timesteps[i])
-        alpha_bar = float(alphas_cumprod[t])
-        x_0_pred, eps_pred = predict(x, t, alpha_bar)
-        yield t, x, x_0_pred
-        if i > 0:
-            alpha_bar_prev = float(alphas_cumprod[timesteps[i - 1]])
-            variance = (1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_prev)
-            sigma = eta * math.sqrt(variance)
-            direction = math.sqrt(1 - alpha_bar_prev - sigma**2) * eps_pred
-            x = math.sqrt(alpha_bar_prev) * x_0_pred + direction
-            if eta > 0:
-                x = x + sigma * draw_noise()
+    for here, there in pairwise(levels):
+        x_0_pred, eps_pred = predict(x, *here)
+        yield here.t, x, x_0_pred
+        sigma = eta * math.sqrt(make_posterior(here.alpha_bar, there.alpha_bar).variance)
+        direction = math.sqrt(1 - there.alpha_bar - sigma**2) * eps_pred
+        x = math.sqrt(there.alpha_bar) * x_0_pred + direction
+        if sigma > 0:
+            x = x + sigma * draw_noise()
+    return x
 
 
 def dpm_solver(
-    predict: Predict, x: Tensor, alphas_cumprod: Tensor, steps: int, eta: float, draw_noise
+    predict: Predict, x: Tensor, levels: Sequence[Level], eta: float, draw_noise
 ) -> Moves:
-    """Lu et al. 2022 algorithm 2 (2M), in y = x_t / sqrt(alpha_bar_t) = x_0 + sigma * eps, at noise
-    levels evenly spaced in log sigma, so in log-SNR, from SIGMA_MAX to the schedule's smallest."""
-    log_sigmas = (1 / alphas_cumprod - 1).log().numpy() / 2  # increasing in t
-    start = min(math.log(SIGMA_MAX), log_sigmas[-1])
-    levels = np.linspace(start, log_sigmas[0], steps)
-    timesteps = np.interp(levels, log_sigmas, np.arange(len(alphas_cumprod)))
-    y = x * math.sqrt(1 + math.exp(2 * start))
-    x_0_before = None
-    for i in range(steps):
-        alpha_bar = 1 / (1 + math.exp(2 * levels[i]))
-        x_t = y * math.sqrt(alpha_bar)
-        x_0_pred, _ = predict(x_t, float(timesteps[i]), alpha_bar)
-        yield float(timesteps[i]), x_t, x_0_pred
-        if i < steps - 1:
-            # Second order: extrapolate x_0 to the middle of the move; levels are evenly spaced.
-            middle = x_0_pred if x_0_before is None else 1.5 * x_0_pred - 0.5 * x_0_before
-            shrink = math.exp(levels[i + 1] - levels[i])
-            y = shrink * y + (1 - shrink) * middle
-            x_0_before = x_0_pred
+    """Lu et al. 2022 algorithm 2 (2M), in y = x_t / sqrt(alpha_bar_t), at levels that are evenly
+    spaced in log sigma."""
+    y, x_0_before = x / math.sqrt(levels[0].alpha_bar), None
+    for here, there in pairwise(levels):
+        x_t = y * math.sqrt(here.alpha_bar)
+        x_0_pred, _ = predict(x_t, *here)
+        yield here.t, x_t, x_0_pred
+        # Second order: extrapolate x_0 to the middle of the move; the one to the image has none.
+        first_order = x_0_before is None or there == IMAGE
+        middle = x_0_pred if first_order else 1.5 * x_0_pred - 0.5 * x_0_before
+        shrink = sigma_of(there) / sigma_of(here)
+        y = shrink * y + (1 - shrink) * middle
+        x_0_before = x_0_pred
+    return y * math.sqrt(levels[-1].alpha_bar)
+
+
+def sigma_of(level: Level) -> float:
+    """The noise in x_t / sqrt(alpha_bar_t)."""
+    return math.sqrt(1 / level.alpha_bar - 1)
+
+
+# Repair ------------------------------------------------------------------------------------------
+
+
+def keep_known(predict: Predict, image: Tensor, mask: Tensor) -> Predict:
+    """`predict`, but what is known of the image stands in x_0_pred: where mask, bool, is False.
+
+    There x_t is then, by any sampler, the image with noise, as RePaint has it (eq. 8a), and the
+    last x_0_pred is the image itself."""
+
+    def predict_the_rest(x_t: Tensor, t: float, alpha_bar_t: float) -> tuple[Tensor, Tensor]:
+        x_0_pred = torch.where(mask, predict(x_t, t, alpha_bar_t)[0], image)
+        return x_0_pred, (x_t - math.sqrt(alpha_bar_t) * x_0_pred) / math.sqrt(1 - alpha_bar_t)
+
+    return predict_the_rest
+
+
+def resampled(
+    run: Callable[..., Moves],
+    predict: Predict,
+    x: Tensor,
+    levels: Sequence[Level],
+    eta: float,
+    draw_noise,
+    times: int,
+) -> Moves:
+    """Go the way in short stretches, each of them `times` times: x is noised again in between, and
+    so the generated part comes to fit the known one (RePaint, section 4.2 and algorithm 1).
+
+    A stretch is a 25th of the steps, as the paper's 10 of 250; the whole way where times is 1."""
+    steps = len(levels) - 1
+    stretch = steps if times == 1 else max(1, round(steps / 25))
+    for start in range(0, steps, stretch):
+        part = levels[start : start + stretch + 1]
+        for left in reversed(range(times)):
+            x = yield from run(predict, x, part, eta, draw_noise)
+            if left:
+                kept = part[0].alpha_bar / part[-1].alpha_bar
+                x = math.sqrt(kept) * x + math.sqrt(1 - kept) * draw_noise()
+    return x
+
+
+# The table ---------------------------------------------------------------------------------------
 
 
 class Sampler(NamedTuple):
     """A sampler, and what is true of it."""
 
     run: Callable[..., Moves]
+    levels: Callable[[Tensor, int], list[Level]] = even_in_t  # that it goes through
     deterministic: bool = True  # with eta = 0 the same x_T gives the same image
     takes_eta: bool = False  # else eta is 0
     at_most_T: bool = False  # it visits each timestep once at most, so steps <= T
@@ -131,7 +204,7 @@ class Sampler(NamedTuple):
 SAMPLERS = {
     "ddpm": Sampler(ddpm, deterministic=False, at_most_T=True),
     "ddim": Sampler(ddim, takes_eta=True, at_most_T=True),
-    "dpm++": Sampler(dpm_solver),
+    "dpm++": Sampler(dpm_solver, even_in_log_sigma),
 }
 
 
