@@ -189,14 +189,15 @@ def test_the_stronger_the_change_the_further_from_the_image(sampler):
     assert distances == sorted(distances) and distances[0] < 0.5 * distances[-1]
 
 
-def test_image_of_ones_own_goes_with_attributes_guidance_and_guide(here):
+def test_image_of_ones_own_goes_with_attributes_guidance_and_guide(here, monkeypatch):
+    monkeypatch.setattr("sources.NUM_SYNTHETIC", 40)
     train(tiny(learning_rate=0.01, path_to_data="synthetic", attributes=("Smiling", "Male")))
     Image.new("RGB", (20, 20), "teal").save("face.png")
     guide = "run/checkpoints/step_00000003.pt"
-    flags = dict(image="face.png", strength=0.5)
+    flags = dict(image="face.png", strength=0.5, guide="none")
     plain = edited(**flags)
     for change in (dict(condition=("Smiling",)), dict(guide=guide)):
-        assert not np.array_equal(edited(**flags, **change), plain), change
+        assert not np.array_equal(edited(**{**flags, **change}), plain), change
     asked = dict(condition=("Smiling",))
     assert not np.array_equal(edited(**flags, **asked, guidance=4.0), edited(**flags, **asked))
     sheet = sample(SampleConfig("run", num_images=2, steps=2, sheet=True, out="s.png", **flags))
