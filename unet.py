@@ -216,7 +216,6 @@ class UNet(nn.Module):
             nn.Linear(num_attributes, time_dim, bias=False) if num_attributes else None
         )
         self.conv_in = nn.Conv2d(3, channels, 3, padding=1)
-
         stage = partial(Stage, time_dim=time_dim, dropout=dropout)
         last = len(widths) - 1
         resolutions = [img_size // 2**i for i in range(len(widths))]
