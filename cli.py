@@ -56,6 +56,7 @@ def run(
     open_streams()
     settle_environment()
     try:
+        check_current_folder()
         main()
         code = 0
     except UserError as error:
@@ -65,19 +66,31 @@ def run(
     except KeyboardInterrupt:
         code = 130
     except Exception as error:
-        if not is_out_of_memory(error):
+        if is_out_of_memory(error):
+            reason = " ".join(str(error).split())[:200]
+            code = fail(f"memory: does not suffice ({reason}). Fix: {fix}", 5)
+        elif isinstance(error, OSError):  # where nothing more can be said of it
+            where, reason = error.filename or "the system", error.strerror or error
+            code = fail(f"{where}: {reason}. Fix: check the path, its rights and `ulimit -a`", 5)
+        else:
             raise
-        reason = " ".join(str(error).split())[:200]
-        code = fail(f"memory: does not suffice ({reason}). Fix: {fix}", 5)
     if code:
         sys.exit(code)
 
 
 def fail(text: str, code: int) -> int:
     """Print the one line of an error; returns the exit code."""
-    rank = f"rank {os.environ['RANK']}: " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+    rank = f"rank {os.environ.get('RANK')}: " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
     say(f"error: {rank}{' '.join(text.split())}", sys.stderr)
     return code
+
+
+def check_current_folder() -> None:
+    """Raise UsageError where it is gone: all that a command writes lies in it."""
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        raise UsageError("the current folder", "was removed", "change into another one") from error
 
 
 def settle_environment() -> None:

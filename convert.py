@@ -17,6 +17,7 @@ from errors import UsageError
 from generate import load_trained
 from pretrained import open_weights
 from sample import SampleConfig, read_condition
+from settings import check_ranges
 from terminal import say
 from utils import checkpoint_path, save_checkpoint
 
@@ -37,6 +38,7 @@ class ConvertConfig:
 
 def check_config(config: ConvertConfig) -> None:
     """Raise UsageError, naming the flag, for what cannot be."""
+    check_ranges(config)
     if bool(config.to_diffusers) == bool(config.from_diffusers):
         fix = "give one of --to_diffusers and --from_diffusers"
         raise UsageError("--to_diffusers", "not one thing to convert", fix)

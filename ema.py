@@ -36,4 +36,4 @@ class EMA:
     def load_state_dict(self, state: dict) -> None:
         """Go on from a saved average. Raises RuntimeError where the weights do not fit."""
         self.model.load_state_dict(state["model"])
-        self.num_updates = state["num_updates"]
+        self.num_updates = int(state["num_updates"])

@@ -57,6 +57,7 @@ from processes import Processes
 from samplers import SamplerError, check_sampler
 from settings import check_ranges, constant
 from terminal import say, table
+from utils import reading
 
 NUM_SHOWN = 8  # faces in nearest.png and in each row of samplers.png
 
@@ -103,7 +104,7 @@ def evaluate_with(config: EvaluateConfig, processes: Processes) -> Path:
             what = "no distances are measured without a GPU, where they take most of an hour"
             say(f"note: {what}; --features inception asks for them")
     features = find_features(config.features, config.feature_size, device)
-    with processes.first_of_each_machine_first():
+    with processes.first_of_each_machine_first(), reading(trained.path, "take another checkpoint"):
         data = (config.path_to_data, trained.img_size, settings["only"], settings["attributes"])
         faces = load_faces(*data)
     real = split_real(config, faces)

@@ -79,8 +79,8 @@ def load_trained(
         settings, step = saved["settings"], saved["step"]
         if saved["unet"].get("num_attributes", 0) != len(settings["attributes"]):
             raise ValueError("settings and network have other attributes")
-        if not settings["img_size"] > 0:
-            raise ValueError("img_size is not above 0")
+        if settings["img_size"] != model.img_size:
+            raise ValueError("settings and network have another img_size")
     model = model.eval().requires_grad_(False).to(device)
     # What was trained in bf16 need not fit into fp16's range.
     trained_in = "bf16" if settings.get("mixed_precision") == "bf16" else "fp16"

@@ -7,9 +7,10 @@ import torch
 
 from diffusers_format import MAP, WEIGHTS, read_folder, weights_file
 from errors import UsageError
+from state import State
 from terminal import say
 from unet import Attention, GroupNorm, UNet, default_channel_mults
-from utils import State, open_checkpoint, plain_keys, reading
+from utils import open_checkpoint, plain_keys, reading
 
 SHIPPED = Path(__file__).resolve().parent / "weights"  # a folder for each name
 DEFAULT = "synthetic_32"

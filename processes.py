@@ -46,8 +46,12 @@ class Processes:
         self.events = deque()  # the ends of the last steps on a GPU
         self.warned = False  # that another process has failed
         self.ended = threading.Event()
-        if any(int(os.environ.get(name, "1")) > 1 for name in WORLD_SIZES):
-            self._start()
+        try:
+            if any(int(os.environ.get(name, "1")) > 1 for name in WORLD_SIZES):
+                self._start()
+        except ValueError as error:  # accelerate's, too
+            fix = "start by torchrun, or unset what another launcher has left"
+            raise UsageError("the launcher", str(error), fix) from error
         self.is_main = self.rank == 0
 
     def _start(self) -> None:

@@ -20,18 +20,20 @@ from likelihood import held_out_loss
 from pretrained import open_weights, start_from
 from processes import Processes
 from safety import StopSignals, preflight
-from terminal import say
-from utils import (
+from state import (
     State,
     check_split,
     diffusion_arguments,
     fill_config,
     make_state,
     open_run,
-    save_checkpoint,
     take_up,
     unet_arguments,
 )
+from terminal import say
+from utils import reading, save_checkpoint
+
+LOSS_TIMESTEPS = 50  # at which the held-out loss is taken at each save
 
 
 class Run(NamedTuple):
@@ -61,7 +63,8 @@ class Run(NamedTuple):
         if len(some) == 0:
             return {}
         images, attributes = self.faces.images[some], self.faces.attributes[some]
-        options = dict(timesteps=self.diffusion.timesteps(50), draws=4, dtype=self.dtype)
+        timesteps = self.diffusion.timesteps(LOSS_TIMESTEPS)
+        options = dict(timesteps=timesteps, draws=4, dtype=self.dtype)
         options |= dict(batch_size=min(self.config.batch_size, 64))  # what fits in training fits
         model = self.state.ema.model
         losses = held_out_loss(model, self.diffusion, images, attributes, **options).loss
@@ -91,11 +94,12 @@ def set_up(config, processes: Processes) -> Run:
     split["micro_batches"] = config.gradient_accumulation_steps * processes.world_size
     about = {"settings": asdict(config) | facts | split, **networks}
     if found:
-        was = found[1]["settings"]
-        if faces.matches(was.get("faces", "")):  # maybe by an older kind of checksum
-            was["faces"] = faces.fingerprint
-        check_split(*found, split)
-        take_up(state, *found, config, facts)
+        with reading(found[0], "resume from another checkpoint"):
+            was = found[1]["settings"]
+            if faces.matches(was.get("faces", "")):  # maybe by an older kind of checksum
+                was["faces"] = faces.fingerprint
+            check_split(*found, split)
+            take_up(state, *found, config, facts)
     elif origin:
         start_from(state, *origin, config)
     own = ("experiment_name", "path_to_data", "resume")  # may differ from machine to machine

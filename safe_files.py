@@ -2,6 +2,7 @@
 before memory is taken."""
 
 import json
+import stat
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -27,14 +28,22 @@ def save_weights(path: Path, weights: dict[str, Tensor], half: bool) -> None:
     }
     size = sum(tensor.nbytes for tensor in weights.values())
     metadata = {"format": "pt"}  # diffusers refuses a file without it
-    write_atomically(path, lambda temporary: save_file(weights, temporary, metadata), size)
+
+    def write(temporary: Path) -> None:
+        try:
+            save_file(weights, temporary, metadata)
+        except SafetensorError as error:  # what it makes of a full disk
+            raise OSError(str(error)) from error
+
+    write_atomically(path, write, size)
 
 
 def read_json(path: Path) -> dict:
     """Read a small JSON file. Raises CheckpointError."""
     try:
-        if path.stat().st_size > MAX_JSON:
-            raise ValueError(f"has {path.stat().st_size:,} bytes")
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_JSON:  # a pipe never ends
+            raise ValueError(f"no file, or one of {status.st_size:,} bytes")
         values = json.loads(path.read_text("utf-8"))
         if not isinstance(values, dict):
             raise ValueError("holds no settings")

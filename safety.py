@@ -18,7 +18,7 @@ from utils import list_checkpoints
 
 # What ends a process and can be waited for: Ctrl-C, a scheduler or the system, the terminal that
 # goes away, and the warnings that schedulers send (SLURM's --signal). Windows has the first two.
-STOPPING = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+STOPPING = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGALRM")
 
 # What a run that was killed leaves half written, in the folders that are its own.
 LEFTOVER = re.compile(r"\.?(config\.json|loss\.png|preflight|step_\d+\.(pt|png))(\.\w+)*\.tmp")

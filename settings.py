@@ -79,6 +79,8 @@ def check_ranges(config: Any) -> None:
         else:
             numbers = value if isinstance(value, tuple | list) else [value]
             allowed, good = _range(about), all(_inside(about, number) for number in numbers)
+            if any(isinstance(text, str) and "\0" in text for text in numbers):
+                allowed, good = "a text without NUL", False
             if any(isinstance(number, int) and number >= LARGEST for number in numbers):
                 allowed += " to below 2**63"
         if not good:

@@ -20,9 +20,9 @@ from diffusers_format import to_diffusers
 from diffusion import Diffusion
 from errors import UsageError
 from safety import Watch
+from state import diffusion_arguments, make_state, unet_arguments
 from train import Config, check_config, train_step
 from unet import UNet, default_channel_mults
-from utils import diffusion_arguments, make_state, unet_arguments
 
 DTYPES = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -31,9 +31,9 @@ from files import save_json
 from generate import generate, load_trained
 from images import to_uint8
 from metrics import Features, find_features, frechet_distance
+from state import diffusion_arguments, make_state
 from terminal import say, table
 from train import DEMO, Config, train, train_step
-from utils import diffusion_arguments, make_state
 
 
 @dataclass(frozen=True)

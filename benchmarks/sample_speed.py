@@ -46,10 +46,11 @@ from diffusion import Diffusion
 from errors import UsageError
 from generate import generate, load_trained
 from settings import check_ranges, constant
+from state import diffusion_arguments, unet_arguments
 from terminal import table
 from train import Config
 from unet import UNet
-from utils import diffusion_arguments, save_checkpoint, unet_arguments
+from utils import save_checkpoint
 
 HALF_A_GREY_LEVEL = 1 / 255  # images are in [-1, 1], in 255 steps
 # As diffusers names them:

@@ -1,8 +1,13 @@
 """Small things to train on, and the real command line at a tiny size."""
 
 import os
+import runpy
+import signal
 import subprocess
 import sys
+import tempfile
+import time
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -49,9 +54,11 @@ def needs_posix() -> None:
 
 
 @pytest.fixture(autouse=True)
-def few_threads():
-    """Tiny tensors are slower on two threads than on one."""
+def quick_runs(monkeypatch):
+    """Tiny tensors are slower on two threads than on one, and half of a tiny run would be spent on
+    its held-out loss."""
     torch.set_num_threads(1)
+    monkeypatch.setattr("run.LOSS_TIMESTEPS", 2)
 
 
 @pytest.fixture
@@ -94,12 +101,56 @@ def flags(settings: dict) -> list[str]:
     return words
 
 
-def run_script(script: str, *arguments: str, **options) -> subprocess.CompletedProcess:
-    """Run one of the repository's scripts as a user would, in the current folder."""
+def run_script(
+    script: str, *arguments: str, new: bool = False, timeout: float = 120, **options
+) -> subprocess.CompletedProcess:
+    """Run one of the repository's scripts as a user would, in the current folder.
+
+    It runs in a fork of this process, which saves the seconds of importing torch, where the system
+    has that; new, or options of `subprocess.run`: in an interpreter of its own."""
+    path = str(ROOT / script)
+    if not new and not options and hasattr(os, "fork"):
+        work = lambda: runpy.run_path(path, run_name="__main__")  # noqa: E731
+        return in_fork([path, *arguments], work, timeout)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **options.pop("env", {})}
-    command = [sys.executable, str(ROOT / script), *arguments]
-    options = {"timeout": 120, "capture_output": True, "text": True} | options
-    return subprocess.run(command, env=environment, **options)
+    options = {"timeout": timeout, "capture_output": True, "text": True} | options
+    return subprocess.run([sys.executable, path, *arguments], env=environment, **options)
+
+
+def in_fork(words: list[str], work, timeout: float = 120) -> subprocess.CompletedProcess:
+    """Do `work` in a forked process with these words as its command line, and with streams of its
+    own; what came of it, as `subprocess.run` tells it."""
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                for number, file in enumerate((open(os.devnull), out, errors)):
+                    os.dup2(file.fileno(), number)
+                for number, name in enumerate(("stdin", "stdout", "stderr")):
+                    stream = open(number, "w" if number else "r", closefd=False)
+                    setattr(sys, name, stream)
+                sys.argv = words
+                work()
+                code = 0
+            except SystemExit as stop:
+                code = stop.code or 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                for stream in (sys.stdout, sys.stderr):
+                    stream.flush()
+                os._exit(code)
+        end = time.monotonic() + timeout
+        while not (found := os.waitpid(pid, os.WNOHANG))[0]:
+            if time.monotonic() > end:
+                os.kill(pid, signal.SIGKILL)
+            time.sleep(0.01)
+        texts = []
+        for file in (out, errors):
+            file.seek(0)
+            texts.append(file.read().decode("utf-8", "replace"))
+    return subprocess.CompletedProcess(words, os.waitstatus_to_exitcode(found[1]), *texts)
 
 
 def assert_error(result: subprocess.CompletedProcess, code: int, *parts: str) -> None:

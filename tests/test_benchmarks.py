@@ -30,7 +30,7 @@ CPU = ["--device", "cpu"]
 
 def run(script: str, *arguments: str) -> str:
     """What a benchmark prints; it leaves nothing in the current folder."""
-    result = run_script(f"benchmarks/{script}.py", *arguments, timeout=600)
+    result = run_script(f"benchmarks/{script}.py", *arguments, timeout=600, new=True)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "machine: " in result.stdout.splitlines()[-1]
     return result.stdout

@@ -32,9 +32,10 @@ from device import (
 from diffusion import Diffusion
 from errors import ResourceError
 from safety import Watch
+from state import diffusion_arguments, make_state
 from train import loss_of, train_step
 from unet import ResidualBlock
-from utils import diffusion_arguments, make_state, tensors_in
+from utils import tensors_in
 
 CPU, CUDA, META = (torch.device(name) for name in ("cpu", "cuda", "meta"))
 WHEELS = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]  # torch 2.15 for CUDA 13.2

@@ -1,16 +1,21 @@
 """Folders of diffusers', written and read, against the real diffusers; nothing is downloaded."""
 
 import json
+import os
 import struct
 
 import pytest
 import torch
+from conftest import needs_posix
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+import safe_files
 from diffusers_format import read_folder, to_diffusers, write_folder
 from diffusion import NOISE_SCHEDULES, Diffusion, image_generators
-from errors import CheckpointError
+from errors import CheckpointError, ResourceError
+from safe_files import read_json
 from unet import UNet
 
 OURS = dict(img_size=16, channels=32, channel_mults=(1, 2), attn_resolutions=(8,), head_dim=32)
@@ -283,6 +288,25 @@ def test_what_our_network_is_not_is_refused_by_the_setting(tmp_path, file, chang
     with pytest.raises(CheckpointError, match=part) as error:
         read_folder(tmp_path)
     assert str(tmp_path / file) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_pipe_in_place_of_a_configuration_is_not_waited_for(tmp_path):
+    needs_posix()
+    theirs_in(tmp_path)
+    (tmp_path / "unet" / "config.json").unlink()
+    os.mkfifo(tmp_path / "unet" / "config.json")
+    with pytest.raises(CheckpointError, match="no file"):
+        read_json(tmp_path / "unet" / "config.json")
+
+
+def test_full_disk_under_safetensors_is_one_line(tmp_path, monkeypatch):
+    def full(*_):
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr(safe_files, "save_file", full)
+    with pytest.raises(ResourceError, match="cannot be written .*No space"):
+        safe_files.save_weights(tmp_path / "a.safetensors", {"x": torch.zeros(2)}, half=False)
+    assert not list(tmp_path.iterdir())
 
 
 def header_of(path):

@@ -29,6 +29,7 @@ import run as run_module
 import utils
 from errors import CheckpointError, DivergedError, ResourceError, UsageError
 from generate import load_trained
+from state import make_state
 from train import train
 from utils import (
     checkpoint_path,
@@ -36,7 +37,6 @@ from utils import (
     list_checkpoints,
     load_checkpoint,
     load_newest_checkpoint,
-    make_state,
     save_checkpoint,
     sign,
 )
@@ -339,6 +339,33 @@ def test_each_missing_key_is_named(finished, tmp_path, monkeypatch, here):
         assert keys[-1] in str(error.value), (keys, str(error.value))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: state.update(step="6"),
+        lambda state: state.update(step=-1),
+        lambda state: state.update(settings=[1]),
+        lambda state: state.update(unet=[1]),
+        lambda state: state.update(history=3),
+        lambda state: state["settings"].update(micro_batches="2"),
+        lambda state: state["ema"].update(num_updates="x"),
+        lambda state: state["optimizer"]["state"][0].update(exp_avg=torch.zeros(3)),
+    ],
+)
+def test_parts_of_a_wrong_type_or_shape_are_one_line(run, change):
+    for path in run.glob("checkpoints/*.pt"):
+        rewrite(path, change)
+    with pytest.raises(CheckpointError, match="step_0000000.*Fix: "):
+        train(tiny(num_training_steps=7, resume=True))
+
+
+@pytest.mark.parametrize("settings", [dict(img_size=0.5), dict(img_size=16), dict(attributes=5)])
+def test_settings_that_are_not_those_of_the_network_are_one_line(run, settings):
+    rewrite(newest(run), lambda state: state["settings"].update(settings))
+    with pytest.raises(CheckpointError, match="does not fit"):
+        load_trained(newest(run))
+
+
 def test_another_width_names_both_values(run):
     result = run_script("train.py", *flags({**TINY, "resume": True, "channels": 16}))
     assert_error(result, 4, "channels was 8, is 16")
@@ -385,19 +412,19 @@ def test_prefixed_keys_load_equal(run, prefix):
     drawn = load_trained(run, half=False).model.state_dict()
     assert tensors_equal(dict(drawn), reference["ema"]["model"])
     state = make_state(tiny(), CPU, fp16=False)
-    state.load_state_dict(load_checkpoint(newest(run)), newest(run))
+    state.load_state_dict(load_checkpoint(newest(run)))
     assert equal_to(state.state_dict(), reference)
 
 
 def test_resuming_in_another_precision_starts_the_loss_scale_afresh(run, capsys):
     saved = load_checkpoint(newest(run))
     fp16 = make_state(tiny(), CPU, fp16=True)
-    fp16.load_state_dict(saved, newest(run))
+    fp16.load_state_dict(saved)
     assert fp16.scaler.get_scale() == 2.0**16 and "afresh" in capsys.readouterr().out
     plain = make_state(tiny(), CPU, fp16=False)
-    plain.load_state_dict({**saved, "scaler": fp16.scaler.state_dict()}, newest(run))
+    plain.load_state_dict({**saved, "scaler": fp16.scaler.state_dict()})
     assert plain.scaler.get_scale() == 1.0 and capsys.readouterr().out.count("\n") == 1
-    plain.load_state_dict(saved, newest(run))
+    plain.load_state_dict(saved)
     assert capsys.readouterr().out == ""
 
 

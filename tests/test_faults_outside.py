@@ -206,6 +206,7 @@ def test_disk_that_turns_read_only_is_named_by_what_failed_first(here, monkeypat
         [signal.SIGUSR1],
         [signal.SIGUSR2],
         [signal.SIGXCPU],
+        [signal.SIGALRM],
         [signal.SIGHUP, signal.SIGHUP],
         [signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM],
     ],
@@ -267,10 +268,52 @@ def test_memory_that_does_not_suffice_is_one_line(command, capfd, take):
     assert stop.value.code == 5 and len(lines) == 1 and ". Fix: " in lines[0]
 
 
+@pytest.mark.parametrize(
+    "number, name, words",
+    [
+        (errno.EMFILE, "a.py", "a.py: Too many open files"),
+        (errno.EACCES, None, "the system: Permission denied"),
+    ],
+)
+def test_what_the_system_refuses_is_one_line_wherever_it_does(command, capfd, number, name, words):
+    def refuse():
+        raise OSError(number, os.strerror(number), name)
+
+    with pytest.raises(SystemExit) as stop:
+        cli.run(refuse)
+    assert stop.value.code == 5 and words in capfd.readouterr().err
+
+
+def test_current_folder_that_was_removed_is_named(tmp_path, command, capfd, monkeypatch):
+    needs_posix()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gone").mkdir()
+    os.chdir("gone")
+    os.rmdir(tmp_path / "gone")
+    with pytest.raises(SystemExit) as stop:
+        cli.run(lambda: pytest.fail("it began"))
+    assert stop.value.code == 2 and "the current folder: was removed" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "PMI_SIZE"])
+def test_launcher_that_is_not_there_is_named(here, command, monkeypatch, name):
+    monkeypatch.setitem(os.environ, name, "4" if name == "PMI_SIZE" else "many")
+    monkeypatch.setitem(os.environ, "MASTER_ADDR", "localhost")
+    if name == "PMI_SIZE":
+        monkeypatch.delitem(os.environ, "MASTER_ADDR")
+    with pytest.raises(UsageError, match="launcher: .*torchrun"):
+        train(tiny())
+
+
 def test_grid_that_does_not_fit_is_found_before_the_first_step(here, monkeypatch):
     monkeypatch.setattr(train_module, "train_step", lambda *_: pytest.fail("a step was taken"))
     with pytest.raises(MemoryError):
         train(tiny(num_samples=10**14))
+
+
+def test_nul_in_a_name_is_refused():
+    with pytest.raises(UsageError, match="--experiment_name: .*NUL"):
+        check_config(tiny(experiment_name="a\0b"))
 
 
 @pytest.mark.parametrize("name, value", [("seed", 2**64), ("num_training_steps", 10**400)])

@@ -3,6 +3,7 @@ average, optimiser, loss scale and history are, bit for bit."""
 
 import itertools
 import math
+import multiprocessing
 import os
 import random
 import shutil
@@ -25,6 +26,7 @@ import log as log_module
 import processes
 import run as run_module
 import safety
+import state as state_module
 import train as train_module
 import utils
 from dataset import Batches
@@ -67,7 +69,7 @@ def in_child(work) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-MODULES = (train_module, run_module, utils, files, safety, processes)
+MODULES = (train_module, run_module, state_module, utils, files, safety, processes)
 TRACED = {module.__file__ for module in MODULES}
 ROUNDS = 6  # of a loop over tensors, which touches no file, the first six count
 
@@ -142,55 +144,49 @@ def kill_everywhere(stride: int, twice: bool = False, least: int = 800) -> None:
     print(f"killed at {len(points)} of {lines} lines")
 
 
-def test_a_run_killed_at_every_7th_line_resumes_to_the_same_end(quick):
-    kill_everywhere(stride=7)
+@pytest.mark.parametrize("stride", [31, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_run_killed_at_many_lines_resumes_to_the_same_end(quick, stride):
+    kill_everywhere(stride)
 
 
-def test_a_run_killed_while_resuming_resumes_to_the_same_end(quick):
-    kill_everywhere(stride=53, twice=True)
+@pytest.mark.parametrize("stride", [211, pytest.param(53, marks=pytest.mark.slow)])
+def test_a_run_killed_while_resuming_resumes_to_the_same_end(quick, stride):
+    kill_everywhere(stride, twice=True)
 
 
-@pytest.mark.slow
-def test_a_run_killed_at_every_line_resumes_to_the_same_end(quick):
-    kill_everywhere(stride=1)
-
-
-@pytest.mark.parametrize("stride", [55, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stride", [97, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_run_killed_while_it_logs_resumes_to_the_same_end(here, monkeypatch, stride):
     monkeypatch.setattr(sys.modules[__name__], "TRACED", {log_module.__file__})
     kill_everywhere(stride, least=100)
 
 
-def kill_at_random_times(times: int, config: dict) -> None:
-    """SIGKILL a real process again and again; the last one is left to finish."""
-    command = [sys.executable, str(ROOT / "train.py"), *flags({**config, "resume": True})]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+@pytest.mark.parametrize("times, steps", [(5, 15), pytest.param(40, 40, marks=pytest.mark.slow)])
+def test_a_process_killed_at_random_times_comes_to_the_same_end(here, times, steps):
+    """The last one is left to finish."""
+    config = tiny(**{**FAST, "num_training_steps": steps, "resume": True})
+
+    def begin():
+        process = multiprocessing.get_context("fork").Process(target=train, args=[config])
+        process.start()
+        return process
+
+    needs_posix()
     started = time.monotonic()
-    subprocess.run(command, env=environment, check=True, capture_output=True)
+    begin().join()
     seconds = time.monotonic() - started
     os.rename("run", "reference")
     kills, draw = 0, random.Random(0)
     while kills < times:
-        process = subprocess.Popen(command, env=environment, stdout=-3, stderr=-3)
-        try:
-            assert process.wait(timeout=seconds * (0.35 + 0.6 * draw.random())) == 0
-            subprocess.run(["rm", "-rf", "run"], check=True)  # it was done: begin anew
-        except subprocess.TimeoutExpired:
+        process = begin()
+        process.join(seconds * draw.random())
+        if process.exitcode is None:
             process.kill()
-            process.wait()
+            process.join()
             kills += 1
-    subprocess.run(command, env=environment, check=True, capture_output=True)
-    step = config["num_training_steps"]
-    assert_equal_runs(final("run", step), final("reference", step))
-
-
-def test_a_process_killed_at_3_random_times_comes_to_the_same_end(here):
-    kill_at_random_times(3, {**TINY, **FAST, "num_training_steps": 15})
-
-
-@pytest.mark.slow
-def test_a_process_killed_at_20_random_times_comes_to_the_same_end(here):
-    kill_at_random_times(20, {**TINY, **FAST, "num_training_steps": 40})
+        else:  # it was done: begin anew
+            shutil.rmtree("run")
+    begin().join()
+    assert_equal_runs(final("run", steps), final("reference", steps))
 
 
 def test_three_resumes_in_one_epoch_change_nothing(here):
@@ -240,14 +236,14 @@ def test_each_part_of_the_state_is_needed(here, monkeypatch, part):
     train(tiny(experiment_name="whole"))
     train(tiny(num_training_steps=3))
     forgotten = run_module.make_state(tiny(), torch.device("cpu"), fp16=False).state_dict()
-    real = utils.load_newest_checkpoint
+    real = state_module.load_newest_checkpoint
 
     def forgetful(folder, **options):
         path, saved = real(folder, **options)
         saved[part] = forgotten[part]
         return path, saved
 
-    monkeypatch.setattr(utils, "load_newest_checkpoint", forgetful)
+    monkeypatch.setattr(state_module, "load_newest_checkpoint", forgetful)
     train(tiny(resume=True))
     with pytest.raises(AssertionError):
         assert_equal_runs(final("whole", 6), final("run", 6))
@@ -403,7 +399,10 @@ def start(*words, settings=None, **options) -> subprocess.Popen:
     raise AssertionError(process.stderr.read())
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+SIGTERM = pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), SIGTERM])
 def test_a_real_process_saves_on_a_signal_and_exits(here, number, code):
     needs_posix()
     process = start(start_new_session=True, settings={"save_every": 100_000})

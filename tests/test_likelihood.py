@@ -12,9 +12,9 @@ from torch import nn
 from diffusion import Diffusion, draw_noise, image_generators
 from images import to_x_0
 from likelihood import HeldOutLoss, decoder_bits, held_out_loss, prior_bits, terms
+from state import unet_arguments
 from train import Config
 from unet import UNet
-from utils import unet_arguments
 
 SPREAD = 0.25  # standard deviation of the pixels of a toy image, which are independent
 

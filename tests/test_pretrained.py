@@ -18,14 +18,9 @@ from evaluate import EvaluateConfig, evaluate
 from generate import generate, load_trained
 from pretrained import open_weights, start_from
 from sample import SampleConfig, sample
+from state import diffusion_arguments, make_state, unet_arguments
 from train import train
-from utils import (
-    diffusion_arguments,
-    list_checkpoints,
-    load_checkpoint,
-    make_state,
-    unet_arguments,
-)
+from utils import list_checkpoints, load_checkpoint
 
 # A network that diffusers has too: one number of groups, one of channels of a head.
 WIDE = dict(channels=64, channel_mults=(1, 1), head_dim=64, num_timesteps=20)
@@ -122,7 +117,7 @@ def test_folder_of_diffusers_is_evaluated(there):
 
 
 def test_command_converts_there_and_back(there):
-    result = run_script("convert.py", "--to_diffusers", "run", "--out", "there", "--half")
+    result = run_script("convert.py", "--to_diffusers", "run", "--out", "there", "--half", new=True)
     assert result.returncode == 0 and "there" in result.stdout, result.stderr
     result = run_script("convert.py", "--from_diffusers", "folder", "--out", "back")
     assert result.returncode == 0, result.stderr

@@ -28,8 +28,9 @@ from errors import DataError, UsageError
 from evaluate import EvaluateConfig
 from files import disk_error
 from sample import SampleConfig, sample
+from state import check_split
 from train import train
-from utils import check_split, checkpoint_path, list_checkpoints, load_checkpoint
+from utils import checkpoint_path, list_checkpoints, load_checkpoint
 
 STATE = ("step", "model", "ema", "optimizer", "scaler", "history")
 SPLIT = dict(  # 20 updates of 4 micro-batches, with all that is random

@@ -22,17 +22,10 @@ from generate import load_trained
 from processes import Processes
 from sample import SampleConfig, sample
 from settings import before, fixed
+from state import diffusion_arguments, make_state, unet_arguments
 from train import DEMO, Config, check_config, learning_rate, train, train_step
 from unet import UNet
-from utils import (
-    checkpoint_path,
-    diffusion_arguments,
-    list_checkpoints,
-    load_checkpoint,
-    make_state,
-    save_checkpoint,
-    unet_arguments,
-)
+from utils import checkpoint_path, list_checkpoints, load_checkpoint, save_checkpoint
 
 CPU = torch.device("cpu")
 STATE = ("step", "model", "ema", "optimizer", "scaler", "history")
@@ -351,8 +344,9 @@ def test_config_is_covered_by_the_tests_of_its_constants():
     assert tested == set(asdict(Config()))
 
 
-def test_help_lists_every_constant_with_its_default_and_meaning():
-    text = run_script("train.py", "--help", env={"COLUMNS": "200"}).stdout
+def test_help_lists_every_constant_with_its_default_and_meaning(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    text = run_script("train.py", "--help").stdout
     for name, value in asdict(Config()).items():
         assert f"--{name}" in text, name
         if isinstance(value, float | int) and not isinstance(value, bool):
@@ -362,12 +356,13 @@ def test_help_lists_every_constant_with_its_default_and_meaning():
 
 def test_command_line_trains_resumes_and_samples(here):
     settings = {**TINY, "num_training_steps": 3}
-    result = run_script("train.py", *flags(settings))
+    result = run_script("train.py", *flags(settings), new=True)
     assert result.returncode == 0, result.stderr
     assert "step 3/3" in result.stdout and "\r" not in result.stdout + result.stderr
     result = run_script("train.py", *flags({**TINY, "resume": True}))
     assert result.returncode == 0 and "resumed run/checkpoints/step_00000003.pt" in result.stdout
-    result = run_script("sample.py", "--num_images", "4", "--steps", "3", "--out", "faces.png")
+    words = ["--num_images", "4", "--steps", "3", "--out", "faces.png"]
+    result = run_script("sample.py", *words, new=True)
     assert result.returncode == 0, result.stderr
     assert Image.open("faces.png").size == (22, 22)
     train(tiny(experiment_name="whole"))
