@@ -3,15 +3,15 @@
 import io
 import json
 import shutil
-import subprocess
 import sys
 from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, assert_error, flags, run_script, write_pictures
+from conftest import TINY, assert_error, flags, needs_posix, run_script, write_pictures
 from PIL import Image
+from test_processes import fork, join, said
 
 import evaluate as evaluate_module
 import sources
@@ -345,11 +345,9 @@ def test_all_that_is_written_is_json(here):
 
 def test_two_processes_generate_just_as_many_images(run):
     config = replace(SMALL, num_images=14)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    command += [str(ROOT / "evaluate.py"), *as_flags(config)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=180)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.count("real faces (the floor)") == 1
+    needs_posix()
+    assert join(fork(2, lambda _: evaluate(config))) == [0, 0], said()
+    assert said().count("real faces (the floor)") == 1
     (folder,) = (run / "evaluation" / "generated").glob("ddim_3_*")
     assert sum(len(np.load(path)["images"]) for path in folder.iterdir()) == 14
     together = read(run)

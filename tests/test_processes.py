@@ -444,36 +444,34 @@ def wait(process, seconds: float = 150) -> str:
         raise
 
 
-def test_a_scheduler_s_sigterm_to_the_launcher_and_all_processes_saves(here):
-    body = "real = run.save_checkpoint\ndef save(path, state):\n"
-    body += "    if 'step' in path.name: time.sleep(3)\n"
-    body += "    real(path, state)\nrun.save_checkpoint = save"
-    process = launch(body, LONG)
+def test_a_launcher_restarts_a_killed_run_and_hands_on_a_scheduler_s_sigterm(here):
+    """Restarted and stopped again, the run comes to the end of one that never was."""
+    finish(2, tiny(batch_size=2, num_training_steps=9, experiment_name="whole"))
+    body = "real, save_checkpoint = train.train_step, run.save_checkpoint\n"
+    body += "def step(config, state, *a):\n"
+    body += "    killed = os.path.exists('killed')\n"
+    body += "    if state.step == 4 and os.environ['RANK'] == '1' and not killed:\n"
+    body += "        open('killed', 'w').close(); os.kill(os.getpid(), 9)\n"
+    body += "    return real(config, state, *a)\n"
+    body += "def save(path, state):\n"
+    body += "    if 'step' in path.name: time.sleep(3)\n"  # while the launcher hands on the signal
+    body += "    save_checkpoint(path, state)\n"
+    body += "train.train_step, run.save_checkpoint = step, save\n"
+    config = dict(batch_size=2, num_training_steps=9, resume=True)
+    options = ["--nproc_per_node", "2", "--max-restarts", "3", "--master_port", str(free_port())]
+    process = launch(body, config, *options)
+    lines = []
     for line in process.stdout:
-        if line.startswith("step 4/"):
+        lines.append(line)
+        if line.startswith("step 6/"):
             break
     os.killpg(process.pid, signal.SIGTERM)
-    text = wait(process, 30)
-    assert process.returncode != 0
-    newest, *_ = list_checkpoints(here / "run")
-    assert load_checkpoint(newest)["step"] >= 4 and "is saved; go on with --resume" in text
-
-
-def test_a_launcher_that_restarts_carries_a_killed_run_on_to_the_same_end(here):
-    config = dict(TINY, batch_size=2)
-    finish(2, tiny(batch_size=2, experiment_name="whole"))
-    body = "real = train.train_step\ndef step(config, state, *a):\n"
-    body += (
-        "    if os.environ['RANK'] == '1' and state.step == 4 and not os.path.exists('killed'):\n"
-    )
-    body += "        open('killed', 'w').close(); os.kill(os.getpid(), 9)\n"
-    body += "    return real(config, state, *a)\ntrain.train_step = step"
-    restarting = ("--nproc_per_node", "2", "--max-restarts", "3")
-    restarting += ("--master_port", str(free_port()))
-    process = launch(body, {**config, "resume": True}, *restarting)
-    text = wait(process)
-    assert process.returncode == 0 and "resumed" in text, text
-    assert_equal_runs(final("whole", 6), final("run", 6))
+    text = "".join(lines) + wait(process, 30)
+    assert process.returncode != 0 and "resumed run" in text, text
+    assert "is saved; go on with --resume" in text, text
+    assert load_checkpoint(list_checkpoints(here / "run")[0])["step"] < 9
+    finish(2, tiny(**config))
+    assert_equal_runs(final("whole", 9), final("run", 9))
 
 
 LAUNCHERS = {
