@@ -107,12 +107,13 @@ def find_lists(
 ) -> tuple[Table | None, Table | None, bool]:
     """Return the tables of attributes and of the partition, and whether the images are aligned.
 
-    where: a folder or archive; files: what it holds, images and lists. The lists lie among the
-    files or, of CelebA, beside them. Raises DataError where listed images are not there."""
+    where: a folder or archive; files: what it holds, images and lists. Raises DataError where
+    listed images are not there."""
     stems = [stem(name) for name in files if not is_list(name)]
     celeba = any("img_align_celeba" in f"{where.name}/{name}" for name in files[:1])
 
     def table(title: str) -> Table | None:
+        """The list of that name among the files or, of CelebA, beside them."""
         for name in (f"{title}.txt", f"{title}.csv"):
             inside = [file for file in files if file.rpartition("/")[2] == name]
             beside = where.parent / name

@@ -51,7 +51,7 @@ from generate import (
     read_generated,
 )
 from images import image_grid, save_image, to_x_0
-from likelihood import HeldOutLoss, held_out_loss
+from likelihood import loss_at_all_t
 from metrics import copies, find_features, measure_distances, nearest_pixels, nearest_vectors
 from processes import Processes
 from samplers import SamplerError, check_sampler
@@ -140,9 +140,8 @@ def check_config(config: EvaluateConfig) -> None:
     if not config.samplers or len(set(config.samplers)) < len(config.samplers):
         raise UsageError("--samplers", "names none, or one twice", "give each once, as dpm++:20")
     if config.loss_draws == 1:
-        raise UsageError(
-            "--loss_draws", "is 1, which has no standard error", "give 0, or 2 or more"
-        )
+        what = "is 1, which has no standard error"
+        raise UsageError("--loss_draws", what, "give 0, or 2 or more")
 
 
 def check_samplers(config: EvaluateConfig, num_timesteps: int) -> None:
@@ -161,9 +160,7 @@ def check_samplers(config: EvaluateConfig, num_timesteps: int) -> None:
 # The images ---------------------------------------------------------------------------------------
 
 
-def generate_all(
-    config, trained: Trained, faces: Faces, folder: Path, processes: Processes
-) -> list[Generated]:
+def generate_all(config, trained, faces, folder: Path, processes) -> list[Generated]:
     """Let each sampler generate what does not lie there already, each process as many batches as
     the others, or one more. The list is empty but in rank 0."""
     digest = source_digest(trained, faces)
@@ -175,9 +172,8 @@ def generate_all(
         new = sum(len(numbers) for name, numbers, _ in missing if name == text)
         kept = config.num_images - new
         say(f"{text}: generating {new:,} images, {kept:,} are there already")
-        generate_missing(
-            config, trained, faces, text, [each[1:] for each in share if each[0] == text]
-        )
+        ours = [each[1:] for each in share if each[0] == text]
+        generate_missing(config, trained, faces, text, ours)
     processes.everyone()
     if not processes.is_main:
         return []
@@ -236,12 +232,10 @@ def split_real(config: EvaluateConfig, faces: Faces) -> tuple[np.ndarray, np.nda
     random = np.random.default_rng(0)
     order = np.concatenate([random.permutation(faces.held_out), random.permutation(faces.train)])
     floor, rest = order[: config.num_images], order[max(config.num_images, len(faces.held_out)) :]
-    wanted = config.num_reference or len(rest)
-    if len(rest) < max(wanted, 2):
+    wanted = config.num_reference or max(len(rest), 2)
+    if len(rest) < wanted:
         what = f"{config.num_images} of the {len(order):,} faces, put first, leave {len(rest):,}"
-        what += (
-            f" for a reference of {wanted:,}" if config.num_reference else ", too few to compare"
-        )
+        what += f" for a reference of {wanted:,}"
         raise DataError("--num_reference", what, "lower it, or --num_images")
     return floor, rest[:wanted]
 
@@ -251,32 +245,15 @@ def compare_held_out(config: EvaluateConfig, faces: Faces, raw: Trained, average
     result = {}
     held_out = faces.images[faces.held_out], faces.attributes[faces.held_out]
     for name, trained in (("raw", raw), ("ema", averaged)):
-        loss = loss_at_all_t(trained, *held_out, config.loss_draws)
+        options = dict(draws=config.loss_draws, show=sys.stderr.isatty())
+        loss = loss_at_all_t(trained, trained.diffusion, *held_out, **options)
         bits, error = loss.bits_per_dim()
         result[name] = {"bands": loss.bands(), "loss": float(loss.loss.mean())}
         result[name] |= {"bits_per_dim": bits, "bits_per_dim_error": error}
     return result
 
 
-def loss_at_all_t(
-    trained: Trained, images: np.ndarray, attributes: np.ndarray, draws: int
-) -> HeldOutLoss:
-    """The held-out loss at every t. The first hundredth of them, those with least noise, have 16
-    times as many draws: nearly all of the variance of the bits per dimension is theirs."""
-    T = trained.diffusion.num_timesteps
-    first, rest = torch.arange(T).tensor_split([max(1, T // 100)])
-    faces, show = (trained, trained.diffusion, images, attributes), sys.stderr.isatty()
-    losses = (
-        held_out_loss(*faces, timesteps=first, draws=16 * draws, show=show),
-        held_out_loss(*faces, timesteps=rest, draws=draws, show=show),
-    )
-    *tensors, prior_bits = zip(*losses, strict=True)
-    return HeldOutLoss(*map(torch.cat, tensors), prior_bits[0])
-
-
-def measure_images(
-    faces, features, generated: list[Generated], real, device: str = "cpu"
-) -> tuple[dict, list]:
+def measure_images(faces, features, generated, real, device: str = "cpu") -> tuple[dict, list]:
     """The distances of all samplers' images, and the training faces nearest to the first one's.
 
     real: `split_real`'s. Returns what evaluation.json says of them, and the nearest places, (N, 2),
@@ -345,9 +322,7 @@ def report(config: EvaluateConfig, result: dict) -> None:
     say("\n" + table(["nearest training face", "d1/d2 < 1/3", "median d1/d2", "median d1"], rows))
 
 
-def save_nearest_sheet(
-    path: Path, images: np.ndarray, faces: Faces, found: list[np.ndarray]
-) -> None:
+def save_nearest_sheet(path: Path, images: np.ndarray, faces: Faces, found: list) -> None:
     """Save a sheet: generated faces, and under each the nearest training faces. found: (N, 2)
     indices into the training faces, by pixels and by features where there are any."""
     shown = images[:NUM_SHOWN]
@@ -356,16 +331,19 @@ def save_nearest_sheet(
         for k, place in enumerate(("nearest", "second")):
             rows.append(faces.images[faces.train[indices[: len(shown), k]]])
             labels.append(f"{place}, {name}")
-    grid = image_grid(to_x_0(torch.from_numpy(np.concatenate(rows))), len(shown), labels)
-    save_image(grid, path)
+    save_sheet(path, rows, labels)
 
 
 def save_sampler_sheet(path: Path, generated: list[Generated]) -> None:
     """Save a sheet: a row for each sampler, from the same noise."""
-    rows = np.concatenate([one.images[:NUM_SHOWN] for one in generated])
-    columns = min(NUM_SHOWN, len(generated[0].images))
-    labels = [one.name for one in generated]
-    save_image(image_grid(to_x_0(torch.from_numpy(rows)), columns, labels), path)
+    rows = [one.images[:NUM_SHOWN] for one in generated]
+    save_sheet(path, rows, [one.name for one in generated])
+
+
+def save_sheet(path: Path, rows: list[np.ndarray], labels: list[str]) -> None:
+    """Save a sheet. rows: (n, S, S, 3) uint8 each."""
+    images = to_x_0(torch.from_numpy(np.concatenate(rows)))
+    save_image(image_grid(images, len(rows[0]), labels), path)
 
 
 def main() -> None:

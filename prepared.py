@@ -111,6 +111,7 @@ def save_array(
     size = math.prod(shape) * np.dtype(dtype).itemsize
 
     def write(temporary: Path) -> None:
+        """The header, the batches, the checksum of them all."""
         if free_bytes(PREPARED) < size:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         with open(temporary, "wb") as file:

@@ -18,10 +18,10 @@ import sources
 from dataset import load_faces
 from diffusion import Diffusion
 from errors import DataError, UserError
-from evaluate import EvaluateConfig, evaluate, loss_at_all_t, measure_images, split_real
+from evaluate import EvaluateConfig, evaluate, measure_images, split_real
 from generate import Generated, generate, keep_generated, load_trained, read_generated
 from images import to_uint8
-from likelihood import held_out_loss
+from likelihood import held_out_loss, loss_at_all_t
 from metrics import find_features
 from train import Config, train
 from utils import checkpoint_path, load_checkpoint, save_checkpoint
@@ -297,7 +297,7 @@ def test_default_draws_are_few_and_their_error_is_small(run):
     trained = replace(load_trained("run"), diffusion=Diffusion(num_timesteps=1000))
     trained.model.register_forward_hook(lambda _, inputs, __: evaluated.append(len(inputs[0])))
     images = faces.images[faces.held_out], faces.attributes[faces.held_out]
-    few = loss_at_all_t(trained, *images, EvaluateConfig().loss_draws)
+    few = loss_at_all_t(trained, trained.diffusion, *images, EvaluateConfig().loss_draws)
     assert sum(evaluated) <= 2500 and len(few.loss) == 1000
     many = held_out_loss(trained, trained.diffusion, *images, draws=8)
     (bits, error), (expected, usual) = few.bits_per_dim(), many.bits_per_dim()
