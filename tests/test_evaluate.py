@@ -103,7 +103,7 @@ def test_same_evaluation_twice_gives_the_same_numbers(run):
 
 
 def test_images_are_those_that_sample_generates(run):
-    evaluate(SMALL)
+    evaluate(replace(SMALL, guide="none"))
     trained = load_trained("run")
     expected = torch.cat(list(generate(trained, range(6), sampler="ddim", steps=3)))
     paths = sorted((run / "evaluation" / "generated").glob("ddim_3_ema*/*.npz"))
@@ -142,7 +142,8 @@ def test_stopped_in_the_middle_it_goes_on_from_what_is_kept(run, monkeypatch):
 
 
 def test_other_weights_seeds_guides_and_checkpoints_share_no_images(run):
-    config = replace(SMALL, features="none", loss_draws=0, samplers=("dpm++:2",))
+    options = dict(features="none", loss_draws=0, samplers=("dpm++:2",))
+    config = replace(SMALL, guide="none", **options)
     evaluate(config)
     for strength in (1.5, 2.0):
         early = "run/checkpoints/step_00000003.pt"

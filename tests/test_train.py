@@ -521,6 +521,6 @@ def test_an_old_checkpoint_samples_what_it_did(here):
     train(tiny(resume=True, **OLD_NETWORK))
     grids = []
     for checkpoint in ("run", OLD[6]):
-        options = SampleConfig(checkpoint=str(checkpoint), num_images=4, out="grid.png")
+        options = SampleConfig(str(checkpoint), num_images=4, guide="none", out="grid.png")
         grids.append(np.asarray(Image.open(sample(options))).astype(int))
     assert np.abs(grids[0] - grids[1]).max() <= 1
