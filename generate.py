@@ -227,9 +227,12 @@ def sheet(
     return labels, list(range(columns)) * len(labels), rows.repeat_interleave(columns, dim=0)
 
 
-def sample_grid(config, model, diffusion, dtype, stop, steps=20) -> Image.Image | None:
+def sample_grid(
+    config, model, diffusion, dtype, stop, steps=20
+) -> tuple[Image.Image, Tensor] | None:
     """A grid of faces, always from the same noise, by `sample.py`'s default sampler; of a network
-    that knows attributes a sheet. None where a signal came in between."""
+    that knows attributes a sheet. With it the faces' mean colour, (3,) in [-1, 1]. None where a
+    signal came in between."""
     columns, labels, numbers, attributes = 0, [], list(range(config.num_samples)), None
     if config.attributes:
         columns = max(1, config.num_samples // (2 * len(config.attributes)))
@@ -243,7 +246,7 @@ def sample_grid(config, model, diffusion, dtype, stop, steps=20) -> Image.Image 
             faces = x_0_pred
             if stop.received:
                 return None
-    return image_grid(faces, columns, labels)
+    return image_grid(faces, columns, labels), faces.mean(dim=(0, 2, 3)).cpu()
 
 
 # Kept images -------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -52,10 +53,24 @@ class Run(NamedTuple):
         """Write a checkpoint."""
         save_checkpoint(path, self.about | self.state.state_dict())
 
-    def sample(self, stop: StopSignals, num_samples: int, steps: int = 20) -> Image.Image | None:
-        """A grid from the averaged weights, or None where a signal came in between."""
+    def sample(
+        self, stop: StopSignals, num_samples: int, steps: int = 20
+    ) -> tuple[Image.Image, dict[str, float]] | None:
+        """A grid from the averaged weights and, to log, its mean colour beside the data's, in grey
+        levels; None where a signal came in between."""
         config = replace(self.config, num_samples=num_samples)
-        return sample_grid(config, self.state.ema.model, self.diffusion, self.dtype, stop, steps)
+        model = self.state.ema.model
+        sampled = sample_grid(config, model, self.diffusion, self.dtype, stop, steps)
+        if sampled is None:
+            return None
+        grid, mean = sampled
+        some = self.faces.train[np.linspace(0, len(self.faces.train) - 1, 256).astype(int)]
+        means = {"samples": mean * 127.5 + 127.5, "data": self.faces.images[some].mean((0, 1, 2))}
+        return grid, {
+            f"mean_{colour}/{name}": float(value)
+            for name, values in means.items()
+            for colour, value in zip(("red", "green", "blue"), values, strict=True)
+        }
 
     def held_out_loss(self) -> dict[str, float]:
         """The averaged weights' loss on held-out faces, always with the same noise; {} of none."""

@@ -276,9 +276,10 @@ def train(config: Config) -> Path:
                 if saving and is_main:
                     log.plot_loss()
                 if sampling and is_main:
-                    grid = run.sample(stop, config.num_samples)
-                    if grid is not None:
-                        log.images(step, grid)
+                    sampled = run.sample(stop, config.num_samples)
+                    if sampled is not None:
+                        log.images(step, sampled[0])
+                        log.scalars(step, sampled[1])
 
                 if saving or sampling:
                     processes.everyone()  # nobody waits for rank 0 in an exchange of gradients

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import cli
 from benchmarks.conditional_accuracy import AccuracyConfig
 from benchmarks.data_speed import DataSpeedConfig
+from benchmarks.editing import EditingConfig
 from benchmarks.quality import QualityConfig
 from benchmarks.sample_speed import SampleSpeedConfig
 from benchmarks.train_speed import TrainSpeedConfig
@@ -242,7 +243,7 @@ def test_bad_flags_are_one_line_and_leave_nothing(run, monkeypatch, words, part)
 
 
 COMMANDS = [Config, SampleConfig, EvaluateConfig, TrainSpeedConfig, SampleSpeedConfig]
-COMMANDS += [DataSpeedConfig, QualityConfig, AccuracyConfig]
+COMMANDS += [DataSpeedConfig, QualityConfig, AccuracyConfig, EditingConfig]
 
 
 @pytest.mark.parametrize("cls", COMMANDS)

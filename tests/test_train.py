@@ -260,9 +260,21 @@ def test_run_leaves_what_the_design_says(here):
     assert Image.open(folder / "loss.png").size[0] > 300
     events = EventAccumulator(str(folder)).Reload()
     scalars = {"loss", "learning_rate", "grad_norm", "images_per_second", "held_out_loss"}
-    assert set(events.Tags()["scalars"]) == scalars and events.Tags()["images"] == ["samples"]
+    means = {f"mean_{c}/{of}" for c in ("red", "green", "blue") for of in ("samples", "data")}
+    assert set(events.Tags()["scalars"]) == scalars | means and events.Tags()["images"] == [
+        "samples"
+    ]
     assert [e.step for e in events.Scalars("loss")] == [2, 3, 4, 6]
     assert [e.step for e in events.Scalars("held_out_loss")] == [3, 6]
+    cells = np.asarray(Image.open(folder / "samples" / grids[1]), float)
+    cells = np.stack([cells[y : y + 8, x : x + 8] for y in (2, 12) for x in (2, 12)])
+    some = load_faces("pictures", 8)
+    faces = some.images[some.train[np.linspace(0, len(some.train) - 1, 256).astype(int)]]
+    for i, colour in enumerate(("red", "green", "blue")):
+        logged = {of: events.Scalars(f"mean_{colour}/{of}")[-1] for of in ("samples", "data")}
+        assert logged["samples"].step == 6
+        assert logged["samples"].value == pytest.approx(cells[..., i].mean(), abs=0.5)
+        assert logged["data"].value == pytest.approx(faces[..., i].mean(), abs=0.01)
     config = tiny(num_training_steps=6, log_every=2, save_every=3)
     rates = {e.step: e.value for e in events.Scalars("learning_rate")}
     assert rates[2] == pytest.approx(learning_rate(config, 1))
