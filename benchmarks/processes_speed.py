@@ -2,7 +2,7 @@
 and what the exchange of the gradients takes of it.
 
     python benchmarks/processes_speed.py
-    python benchmarks/processes_speed.py --processes 4 --channels 96
+    python benchmarks/processes_speed.py --processes 4 --batch_size 64
 
 Both train on as many images in a step and in turn, round after round. The several start a turn
 together, and it is over when the last of them is done. Run it where nothing else does.
@@ -38,7 +38,8 @@ class ProcessesSpeedConfig:
     """What to train, in how many processes."""
 
     processes: int = constant(2, least=2)  # of one thread each
-    channels: int = constant(DEMO["channels"], least=8)  # of the demo's network
+    batch_size: int = constant(DEMO["batch_size"], least=1)  # images in a step of all
+    img_size: int = constant(DEMO["img_size"], least=8)  # pixels of a side
     rounds: int = constant(5, least=1)  # turns that each has
     steps: int = constant(10, least=1)  # in a turn
 
@@ -93,9 +94,9 @@ class Together:
 def compare(config: ProcessesSpeedConfig) -> str:
     """Measure, and return the table."""
     check_ranges(config)
-    count, channels = config.processes, config.channels
-    of_demo = Config(**DEMO | dict(channels=channels, head_dim=channels))
-    images = of_demo.batch_size // count * count
+    count = config.processes
+    images = max(1, config.batch_size // count) * count
+    of_demo = Config(**DEMO | dict(img_size=config.img_size))
     with ExitStack() as stack:
         with patch.dict(os.environ, OMP_NUM_THREADS=str(count)):
             one = stack.enter_context(Worker(Ours, replace(of_demo, batch_size=images), CPU))
