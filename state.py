@@ -66,7 +66,8 @@ def make_state(config, device: torch.device, fp16: bool, base: dict | None = Non
         growth_interval=2000 if fp16 else 2**31 - 1,
     )
     half = autocast_dtype(config.mixed_precision, device)
-    dtype = torch.bfloat16 if half == torch.bfloat16 else torch.float32
+    on_cpu = device.type == "cpu"  # where Muon is faster in float32, by fewer products
+    dtype = torch.bfloat16 if half == torch.bfloat16 and not on_cpu else torch.float32
     optimizer = make_optimizer(config.optimizer, model, config.learning_rate, dtype)
     return State(model, EMA(model, config.ema_decay), optimizer, scaler)
 

@@ -1,6 +1,7 @@
 """Muon against the singular value decomposition, and as an optimiser that can be resumed."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -37,6 +38,29 @@ def test_orthogonal_keeps_the_singular_vectors_and_makes_the_values_alike(shape)
     diagonal = inside.diagonal()
     assert 0.65 < float(diagonal.min()) and float(diagonal.max()) < 1.25
     torch.testing.assert_close(inside, diagonal.diag(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(96, 864), (864, 96), (128, 128)])
+@pytest.mark.parametrize("rank, smallest", [(96, 1e-6), (3, 1.0), (1, 1.0)])
+def test_orthogonal_is_the_iteration_as_it_is_written(shape, rank, smallest):
+    """Where singular values are all alike, tiny or zero, too, as a batch of few images gives."""
+    generator = torch.Generator().manual_seed(0)
+    sides = [torch.randn(side, rank, generator=generator).double() for side in shape]
+    u, v = (torch.linalg.qr(side).Q for side in sides)
+    matrix = u * torch.logspace(0, math.log10(smallest), rank, dtype=torch.float64) @ v.T
+    x = matrix if shape[0] <= shape[1] else matrix.T
+    x = x / x.norm()
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x - 4.7750 * gram @ x + 2.0315 * gram @ gram @ x
+    expected = x if shape[0] <= shape[1] else x.T
+    found = orthogonal(matrix.float() * 1e-4).double()
+    assert (found - expected).norm() < 1e-2 * expected.norm()
+    assert (orthogonal(matrix * 1e-4) - expected).norm() < 1e-2 * expected.norm()
+
+
+def test_the_zero_matrix_stays_zero():
+    assert torch.equal(orthogonal(torch.zeros(4, 36)), torch.zeros(4, 36))
 
 
 def test_bfloat16_is_nearly_as_good():
