@@ -1,5 +1,6 @@
 """Small things to train on, and the real command line at a tiny size."""
 
+import contextlib
 import os
 import runpy
 import signal
@@ -15,7 +16,8 @@ import pytest
 import torch
 from PIL import Image
 
-from train import Config
+from train import Config, train
+from utils import list_checkpoints, load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -67,6 +69,24 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_pictures(tmp_path, 22)
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def unbroken(tmp_path_factory):
+    """unbroken(**changes): what the tiny run with these changes ends with where nothing interrupts
+    it, trained once: its newest checkpoint, to compare others with."""
+    ends = {}
+
+    def end(**changes) -> dict:
+        config = tiny(**changes)
+        if config not in ends:
+            folder = tmp_path_factory.mktemp("unbroken")
+            write_pictures(folder, 22)
+            with contextlib.chdir(folder):
+                ends[config] = load_checkpoint(list_checkpoints(train(config))[0])
+        return ends[config]
+
+    return end
 
 
 @pytest.fixture

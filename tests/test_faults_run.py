@@ -160,7 +160,7 @@ def test_a_run_killed_while_it_logs_resumes_to_the_same_end(here, monkeypatch, s
     kill_everywhere(stride, least=100)
 
 
-@pytest.mark.parametrize("times, steps", [(5, 15), pytest.param(40, 40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("times, steps", [(3, 8), pytest.param(40, 40, marks=pytest.mark.slow)])
 def test_a_process_killed_at_random_times_comes_to_the_same_end(here, times, steps):
     """The last one is left to finish."""
     config = tiny(**{**FAST, "num_training_steps": steps, "resume": True})
@@ -189,11 +189,10 @@ def test_a_process_killed_at_random_times_comes_to_the_same_end(here, times, ste
     assert_equal_runs(final("run", steps), final("reference", steps))
 
 
-def test_three_resumes_in_one_epoch_change_nothing(here):
-    train(tiny(experiment_name="whole", num_training_steps=4, save_every=1))
+def test_three_resumes_in_one_epoch_change_nothing(here, unbroken):
     for steps in (1, 2, 3, 4):  # an epoch is 5 batches of 4
         train(tiny(num_training_steps=steps, resume=True, save_every=1, log_every=1))
-    a, b = final("whole", 4), final("run", 4)
+    a, b = unbroken(num_training_steps=4), final("run", 4)
     for part in ("model", "ema", "optimizer"):
         assert tensors_equal(a[part], b[part])
 
@@ -232,8 +231,8 @@ def test_the_learning_rate_across_a_resume_is_the_uninterrupted_one(here):
 
 
 @pytest.mark.parametrize("part", ["model", "ema", "optimizer", "scaler", "step", "history"])
-def test_each_part_of_the_state_is_needed(here, monkeypatch, part):
-    train(tiny(experiment_name="whole"))
+def test_each_part_of_the_state_is_needed(here, monkeypatch, unbroken, part):
+    whole = unbroken()
     train(tiny(num_training_steps=3))
     forgotten = run_module.make_state(tiny(), torch.device("cpu"), fp16=False).state_dict()
     real = state_module.load_newest_checkpoint
@@ -246,7 +245,7 @@ def test_each_part_of_the_state_is_needed(here, monkeypatch, part):
     monkeypatch.setattr(state_module, "load_newest_checkpoint", forgetful)
     train(tiny(resume=True))
     with pytest.raises(AssertionError):
-        assert_equal_runs(final("whole", 6), final("run", 6))
+        assert_equal_runs(whole, final("run", 6))
 
 
 # Diverged ----------------------------------------------------------------------------------------
@@ -364,9 +363,9 @@ PLACES = {
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 @pytest.mark.parametrize("place", PLACES)
-def test_a_signal_in_the_loop_saves_and_ends(here, monkeypatch, place, number, code):
+def test_a_signal_in_the_loop_saves_and_ends(here, monkeypatch, unbroken, place, number, code):
     config = dict(save_every=2, sample_every=2, log_every=1)
-    train(tiny(experiment_name="whole", **config))
+    whole = unbroken(**config)
     with monkeypatch.context() as patch:
         module, name, at = PLACES[place]
         hook(patch, module, name, send(number), at)
@@ -376,7 +375,7 @@ def test_a_signal_in_the_loop_saves_and_ends(here, monkeypatch, place, number, c
     newest, *_ = list_checkpoints(here / "run")
     assert load_checkpoint(newest)["step"] < 6 and not list((here / "run").rglob("*.tmp"))
     train(tiny(resume=True, **config))
-    assert_equal_runs(final("whole", 6), final("run", 6))
+    assert_equal_runs(whole, final("run", 6))
 
 
 def test_a_signal_while_loading_faces_ends_at_once(here, monkeypatch):
@@ -471,8 +470,8 @@ def test_two_runs_in_one_folder_are_refused_and_a_crash_leaves_no_lock(here):
 # Sampling, resources, the log --------------------------------------------------------------------
 
 
-def test_a_save_during_sampling_holds_raw_and_averaged_weights(here, monkeypatch):
-    train(tiny(experiment_name="whole"))
+def test_a_save_during_sampling_holds_raw_and_averaged_weights(here, monkeypatch, unbroken):
+    whole = unbroken()
     taken = {}
     real = Diffusion.sample_loop
 
@@ -492,7 +491,7 @@ def test_a_save_during_sampling_holds_raw_and_averaged_weights(here, monkeypatch
     monkeypatch.setattr(train_module, "train_step", step)
     train(tiny(sample_every=1))
     assert not tensors_equal(taken["copy"], taken["ema"])
-    assert_equal_runs(final("whole", 6), final("run", 6))
+    assert_equal_runs(whole, final("run", 6))
 
 
 def test_out_of_memory_suggests_a_smaller_batch(here):
@@ -559,13 +558,13 @@ def test_the_run_survives_a_closed_stdout(here):
     assert "Traceback" not in errors and final("run", 30)["step"] == 30
 
 
-def test_a_clock_that_steps_back_changes_nothing(here, monkeypatch):
-    train(tiny(experiment_name="whole", sample_every=2))
+def test_a_clock_that_steps_back_changes_nothing(here, monkeypatch, unbroken):
+    whole = unbroken()
     times = iter(range(10**9, 0, -3600))
     with monkeypatch.context() as patch:
         patch.setattr(time, "time", lambda: float(next(times)))
         train(tiny(sample_every=2))
-    assert_equal_runs(final("whole", 6), final("run", 6))
+    assert_equal_runs(whole, final("run", 6))
 
 
 def test_a_killed_sampler_leaves_no_partial_image(here, monkeypatch):

@@ -1,5 +1,6 @@
 """Images from a checkpoint: which weights, which noise, which files."""
 
+import contextlib
 import errno
 import inspect
 import os
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import assert_error, needs_posix, run_script, tensors_equal, tiny
+from conftest import assert_error, needs_posix, run_script, tensors_equal, tiny, write_pictures
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -43,9 +44,19 @@ from utils import (
 HALF_A_GREY_LEVEL = 1 / 255  # of images in [-1, 1]; eps at the start is divided by 1 / 80
 
 
+@pytest.fixture(scope="module")
+def trained_once(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sampled")
+    write_pictures(folder, 22)
+    with contextlib.chdir(folder):
+        train(tiny(learning_rate=0.01))
+    return folder
+
+
 @pytest.fixture
-def run(here):
-    return train(tiny(learning_rate=0.01))
+def run(here, trained_once):
+    shutil.copytree(trained_once, here, dirs_exist_ok=True)
+    return Path("run")
 
 
 def saved_images(**flags):

@@ -51,8 +51,8 @@ def assert_same_state(a: dict, b: dict, parts=STATE) -> None:
         {"mixed_precision": "bf16", "dropout": 0.5},
     ],
 )
-def test_resumed_run_equals_uninterrupted_run(here, changes):
-    train(tiny(experiment_name="whole", **changes))
+def test_resumed_run_equals_uninterrupted_run(here, unbroken, changes):
+    whole = unbroken(**changes)
     # The number of steps shapes a cosine, so the first half is stopped, not shortened.
     half = tiny(experiment_name="halves", **changes)
     with pytest.MonkeyPatch.context() as patch:
@@ -61,14 +61,13 @@ def test_resumed_run_equals_uninterrupted_run(here, changes):
             train(half)
     assert [p.name for p in list_checkpoints(here / "halves")] == ["step_00000003.pt"]
     train(replace(half, resume=True))
-    assert_same_state(checkpoint(6, "whole"), checkpoint(6, "halves"))
+    assert_same_state(whole, checkpoint(6, "halves"))
 
 
-def test_run_of_n_and_n_more_steps_equals_run_of_2n(here):
-    train(tiny(experiment_name="whole"))
+def test_run_of_n_and_n_more_steps_equals_run_of_2n(here, unbroken):
     train(tiny(num_training_steps=3))
     train(tiny(num_training_steps=6, resume=True))
-    assert_same_state(checkpoint(6, "whole"), checkpoint(6))
+    assert_same_state(unbroken(), checkpoint(6))
 
 
 def test_sampling_and_logging_in_between_change_nothing(here):
@@ -323,10 +322,9 @@ def test_no_checkpoint_key_has_a_prefix(here):
         ("num_training_steps", 5),
     ],
 )
-def test_every_constant_of_the_training_changes_the_result(here, name, value):
-    a = train(tiny(experiment_name="a", num_training_steps=4))
-    b = train(tiny(**{"experiment_name": "b", "num_training_steps": 4, name: value}))
-    a, b = (load_checkpoint(list_checkpoints(folder)[0]) for folder in (a, b))
+def test_every_constant_of_the_training_changes_the_result(here, unbroken, name, value):
+    folder = train(tiny(**{"num_training_steps": 4, name: value}))
+    a, b = unbroken(num_training_steps=4), load_checkpoint(list_checkpoints(folder)[0])
     # Without the instructions for bfloat16 it is float32 either way, and a line says so.
     in_vain = value == "bf16" and not torch.cpu._is_avx512_bf16_supported()
     assert tensors_equal(a["ema"], b["ema"]) == in_vain
@@ -366,7 +364,7 @@ def test_help_lists_every_constant_with_its_default_and_meaning(monkeypatch):
     assert "optimiser updates" in text and "pixels" in text
 
 
-def test_command_line_trains_resumes_and_samples(here):
+def test_command_line_trains_resumes_and_samples(here, unbroken):
     settings = {**TINY, "num_training_steps": 3}
     result = run_script("train.py", *flags(settings), new=True)
     assert result.returncode == 0, result.stderr
@@ -377,9 +375,7 @@ def test_command_line_trains_resumes_and_samples(here):
     result = run_script("sample.py", *words, new=True)
     assert result.returncode == 0, result.stderr
     assert Image.open("faces.png").size == (22, 22)
-    train(tiny(experiment_name="whole"))
-    torch.set_num_threads(1)
-    assert_same_state(checkpoint(6, "whole"), checkpoint(6), ("model", "ema", "optimizer"))
+    assert_same_state(unbroken(), checkpoint(6), ("model", "ema", "optimizer"))
 
 
 def test_hyphens_work_as_well_as_underscores(here):
