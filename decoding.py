@@ -18,6 +18,7 @@ import simplejpeg
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from errors import DataError, ResourceError, UserError
+from images import GRID
 
 BATCH = 64  # images that a thread decodes at a time
 FORMATS = {"Gray": "GRAY", "CMYK": "CMYK", "YCCK": "CMYK"}  # what simplejpeg can make of them
@@ -66,6 +67,8 @@ def decode_face(data: bytes, img_size: int, aligned: bool = False) -> np.ndarray
         with Image.open(io.BytesIO(data)) as image:
             if image.format == "EPS":
                 raise ValueError("EPS, which Pillow would have another program decode")
+            if image.info.get("comment") in (GRID, GRID.encode()):
+                raise ValueError(GRID)
             return crop_face(image, img_size, aligned)
     left, top, right, bottom = face_box(pixels.shape[1], pixels.shape[0], aligned)
     face = pixels[top:bottom, left:right]

@@ -6,10 +6,13 @@ from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from torchvision.utils import make_grid
 
 from files import write_atomically
+
+GRID = "a grid by ddpm-faces"  # stands in its file: no image to train on
 
 
 def to_x_0(pixels: Tensor) -> Tensor:
@@ -31,6 +34,7 @@ def image_grid(images: Tensor, columns: int = 0, labels: Sequence[str] = ()) -> 
     cells = to_uint8(images).movedim(-1, -3)
     grid = make_grid(cells, nrow=columns, padding=2, pad_value=255)
     grid = Image.fromarray(grid.permute(1, 2, 0).numpy())
+    grid.info["comment"] = GRID
     if not labels:
         return grid
     height = images.shape[-2] + 2
@@ -39,6 +43,7 @@ def image_grid(images: Tensor, columns: int = 0, labels: Sequence[str] = ()) -> 
     margin = 8 + math.ceil(max(font.getlength(label) for label in labels))
     sheet = Image.new("RGB", (margin + grid.width, grid.height), "white")
     sheet.paste(grid, (margin, 0))
+    sheet.info["comment"] = GRID
     canvas = ImageDraw.Draw(sheet)
     for row, label in enumerate(labels):
         canvas.text((margin - 4, (row + 0.5) * height), label, "black", font, anchor="rm")
@@ -46,6 +51,10 @@ def image_grid(images: Tensor, columns: int = 0, labels: Sequence[str] = ()) -> 
 
 
 def save_image(image: Image.Image, path: Path, **options) -> None:
-    """Save an image in the format its name ends in, whole or not at all."""
+    """Save an image in the format its name ends in, whole or not at all, and its comment."""
+    if comment := image.info.get("comment"):
+        text = PngInfo()
+        text.add_text("comment", comment)
+        options |= dict(pnginfo=text, comment=comment)  # PNG's way and GIF's
     format = Image.registered_extensions()[path.suffix.lower()]
     write_atomically(path, lambda temporary: image.save(temporary, format=format, **options))

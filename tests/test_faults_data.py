@@ -33,6 +33,7 @@ import sources
 from dataset import Batches, load_faces
 from decoding import crop_face
 from errors import DataError, ResourceError, UsageError
+from sample import SampleConfig, sample
 from train import train
 
 HTML = b"<!DOCTYPE html><html><title>Google Drive - Quota exceeded</title></html>"
@@ -936,6 +937,14 @@ def test_one_other_image_of_a_hundred_is_noticed_on_a_resume():
     Path("pictures/051.jpg").write_bytes(jpeg(5000, (8, 8)))  # not one of 64, evenly taken
     with pytest.raises(UsageError, match="faces was 95 faces, checksum of all .*, is 95 faces"):
         train(tiny(resume=True, num_training_steps=9))
+
+
+@pytest.mark.parametrize("out", ["samples.png", "way.gif"])
+def test_a_grid_that_sample_wrote_is_no_data(here, out):
+    train(tiny(num_training_steps=1))
+    sample(SampleConfig("run", num_images=2, steps=2, out=out))
+    with pytest.raises(DataError, match=f"{out}: .*a grid by ddpm-faces"):
+        train(tiny(path_to_data=".", experiment_name="other"))
 
 
 def test_a_run_on_the_current_folder_does_not_train_on_its_own_samples():

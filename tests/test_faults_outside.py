@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, assert_error, flags, needs_posix, run_script, tiny
+from conftest import ROOT, TINY, flags, needs_posix, run_script, tiny
 
 import cli
 import log
@@ -346,13 +346,12 @@ def test_run_goes_on_where_nobody_reads(here, where):
 
 
 def test_terminal_of_ascii_shows_every_line_and_leftover_variables_change_nothing(here):
-    words = [*SHORT, "--experiment_name", "Läufe"]
+    words = [*SHORT, "--resume", "--experiment_name", "Läufe"]
     result = run_script("train.py", *words, env={"PYTHONIOENCODING": "ascii", **ENVIRONMENT})
     assert result.returncode == 0, result.stderr
+    assert "nothing to resume in L\\xe4ufe" in result.stdout  # what cannot be shown is escaped
     assert "step 2/2" in result.stdout and steps("Läufe") == [2]
     assert "warning" not in result.stderr and (here / "Läufe" / "loss.png").exists()
-    result = run_script("train.py", *words, env={"PYTHONIOENCODING": "ascii"})
-    assert_error(result, 2, "L\\xe4ufe already holds")
 
 
 def test_help_in_a_terminal_of_one_column_ends(command, monkeypatch, capfd):
@@ -369,5 +368,5 @@ def test_mistake_is_named_on_a_terminal_of_ascii(monkeypatch):
     ascii_only = io.TextIOWrapper(io.BytesIO(), "ascii")
     monkeypatch.setattr(sys, "stdout", ascii_only)
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")
-    with pytest.raises(UsageError, match="nrecognized.*--bogus"):
+    with pytest.raises(UsageError, match="^--bogus: unrecognized options: --bogus. Fix: "):
         cli.parse(Config, ["--bogus"], "")
