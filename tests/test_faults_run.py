@@ -366,6 +366,7 @@ PLACES = {
 def test_a_signal_in_the_loop_saves_and_ends(here, monkeypatch, unbroken, place, number, code):
     config = dict(save_every=2, sample_every=2, log_every=1)
     whole = unbroken(**config)
+    run_module.load_faces("pictures", 8)  # prepared: what is counted below is the run's own
     with monkeypatch.context() as patch:
         module, name, at = PLACES[place]
         hook(patch, module, name, send(number), at)
