@@ -20,8 +20,6 @@ PREDICTION_TYPES = {"eps": "epsilon", "v": "v_prediction"}
 # Settings of a UNet2DModel of which our network has one value, which is diffusers' default.
 THE_ONLY = dict(
     _class_name="UNet2DModel",
-    in_channels=3,
-    out_channels=3,
     center_input_sample=False,
     time_embedding_type="positional",
     time_embedding_dim=None,
@@ -38,6 +36,8 @@ THE_ONLY = dict(
 )
 # diffusers' defaults of the others.
 DEFAULTS = dict(
+    in_channels=3,
+    out_channels=3,
     sample_size=None,
     block_out_channels=[224, 448, 672, 896],
     down_block_types=["DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"],
@@ -65,6 +65,8 @@ def unet_config(unet: UNet) -> dict:
         raise ValueError(f"head_dim: heads have {sorted(dims)} channels, not all the same")
     attends = [not isinstance(stage.attentions[0], nn.Identity) for stage in unet.down]
     return dict(
+        in_channels=unet.image_channels,
+        out_channels=unet.image_channels,
         sample_size=unet.img_size,
         block_out_channels=[stage.blocks[0].conv1.out_channels for stage in unet.down],
         down_block_types=[f"{'Attn' if each else ''}DownBlock2D" for each in attends],
@@ -114,6 +116,8 @@ def read_unet_config(path: Path) -> tuple[dict, bool]:
 
     for name, only in THE_ONLY.items():
         want(name, config[name] == only, f"only {only}")
+    want("in_channels", config["in_channels"] in (1, 3), "3, or 1 of grey images")
+    want("out_channels", config["out_channels"] == config["in_channels"], "as many as in_channels")
     size, widths = config["sample_size"], config["block_out_channels"]
     if isinstance(size, list) and len(size) == 2 and size[0] == size[1]:
         size = size[0]
@@ -159,6 +163,8 @@ def read_unet_config(path: Path) -> tuple[dict, bool]:
         downsample_padding=int(config["downsample_padding"]),
         freq_shift=int(config["freq_shift"]),
     )
+    if config["in_channels"] == 1:
+        arguments["image_channels"] = 1
     return arguments, bool(config["flip_sin_to_cos"])
 
 

@@ -17,6 +17,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from dataset import without_colours
 from decoding import decode_all
 from diffusion import draw_noise, image_generators
 from errors import DataError
@@ -26,14 +27,16 @@ from samplers import SAMPLERS, put_noise
 
 
 def read_image(path: str | Path, trained: Trained) -> Tensor:
-    """The image of a file, (1, 3, H, W) in [-1, 1], cropped and resized as the data are: CelebA's
+    """The image of a file, (1, C, H, W) in [-1, 1], cropped and resized as the data are: CelebA's
     crop where it has the shape of CelebA's files, else the largest centred square.
 
     Raises DataError where it cannot be read."""
     path = Path(path)
     files = path.parent, [path.name], lambda name: path.read_bytes()
     (pixels,) = decode_all(*files, trained.img_size, aligned=True)
-    return to_x_0(torch.from_numpy(pixels))
+    if trained.image_channels == 1:
+        pixels = without_colours(pixels)
+    return to_x_0(torch.from_numpy(pixels), trained.image_channels)
 
 
 def read_mask(path: str | Path, image: str | Path, trained: Trained) -> Tensor:
@@ -96,10 +99,10 @@ def between(a: Tensor, b: Tensor, count: int) -> Tensor:
 
 
 def noise_of(trained: Trained, end: int | str, seed: int, **options) -> Tensor:
-    """The noise (3, H, W) of the image of that number, or from which that file's is generated.
+    """The noise (C, H, W) of the image of that number, or from which that file's is generated.
 
     options: `encode`'s. Raises DataError where the file cannot be read."""
     if isinstance(end, int):
-        shape = (1, 3, trained.img_size, trained.img_size)
+        shape = (1, trained.image_channels, trained.img_size, trained.img_size)
         return draw_noise(shape, image_generators(seed, [end]), "cpu")[0]
     return encode(trained, read_image(end, trained), **options)[0].cpu()

@@ -106,6 +106,7 @@ def evaluate_with(config: EvaluateConfig, processes: Processes) -> Path:
     features = find_features(config.features, config.feature_size, device)
     with processes.first_of_each_machine_first(), reading(trained.path, "take another checkpoint"):
         data = (config.path_to_data, trained.img_size, settings["only"], settings["attributes"])
+        data += (settings.get("grey", False),)
         faces = load_faces(*data)
     real = split_real(config, faces)
     guided = f", guided by {trained.guide}," if trained.guide else ""

@@ -47,6 +47,11 @@ class Trained:
         return self.settings["img_size"]
 
     @property
+    def image_channels(self) -> int:
+        """C: 3 of colour, 1 of grey images."""
+        return self.settings.get("image_channels", 3)
+
+    @property
     def attribute_names(self) -> tuple[str, ...]:
         """The attributes that it has learned; none for an unconditional network."""
         return tuple(self.settings["attributes"])
@@ -76,7 +81,8 @@ def load_trained(
         weights = saved["model"] if raw else saved["ema"]["model"]
         model.load_state_dict(plain_keys(weights))
         diffusion = Diffusion(**saved["diffusion"], device=device)
-        settings, step = saved["settings"], saved["step"]
+        settings, step = {**saved["settings"]}, saved["step"]
+        settings["image_channels"] = model.image_channels
         if saved["unet"].get("num_attributes", 0) != len(settings["attributes"]):
             raise ValueError("settings and network have other attributes")
         if settings["img_size"] != model.img_size:
@@ -128,7 +134,14 @@ def add_guide(trained: Trained, checkpoint: str | Path = "auto", strength: float
     guide = load_trained(
         checkpoint, device=trained.diffusion.device, half=trained.dtype is not None
     )
-    names = ("img_size", "attributes", "prediction", "noise_schedule", "num_timesteps")
+    names = (
+        "img_size",
+        "image_channels",
+        "attributes",
+        "prediction",
+        "noise_schedule",
+        "num_timesteps",
+    )
     for name in names:
         pair = guide.settings.get(name), trained.settings.get(name)
         if pair[0] != pair[1]:
@@ -164,7 +177,7 @@ def sample_loop(
     for name in options.keys() & {"image", "mask"}:
         options[name] = options[name].to(device)
     options |= dict(generator=image_generators(seed, numbers), attributes=attributes)
-    shape = (len(numbers), 3, trained.img_size, trained.img_size)
+    shape = (len(numbers), trained.image_channels, trained.img_size, trained.img_size)
     for _, x_t, x_0_pred in trained.diffusion.sample_loop(trained, shape, **options):
         yield x_t, x_0_pred
     if not torch.isfinite(x_0_pred).all():
@@ -183,7 +196,7 @@ def generate(
     turns: int = 1,
     **options,
 ) -> Iterator[Tensor]:
-    """The images of these numbers, a batch at a time: yields (b, 3, H, W) in [-1, 1].
+    """The images of these numbers, a batch at a time: yields (b, C, H, W) in [-1, 1].
 
     bar: shows how many images are done, after each step; turn, turns: of several processes that
     take turns with the batches; the rest as for `sample_loop` and `Diffusion.sample_loop`, which
@@ -238,7 +251,7 @@ def sample_grid(
         columns = max(1, config.num_samples // (2 * len(config.attributes)))
         labels, numbers, attributes = sheet(config.attributes, columns)
         attributes = attributes.to(diffusion.device)
-    shape = (len(numbers), 3, config.img_size, config.img_size)
+    shape = (len(numbers), model.image_channels, config.img_size, config.img_size)
     generators = image_generators(config.seed, numbers)
     options = dict(steps=steps, generator=generators, attributes=attributes)
     with torch.autocast(diffusion.device.type, dtype, enabled=dtype is not None):
@@ -246,7 +259,7 @@ def sample_grid(
             faces = x_0_pred
             if stop.received:
                 return None
-    return image_grid(faces, columns, labels), faces.mean(dim=(0, 2, 3)).cpu()
+    return image_grid(faces, columns, labels), faces.mean(dim=(0, 2, 3)).expand(3).cpu()
 
 
 # Kept images -------------------------------------------------------------------------------------

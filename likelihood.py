@@ -102,7 +102,8 @@ def held_out_loss(
         t = all_t[start : start + batch_size].to(device)
         numbers = range(start, start + len(t))
         indices = np.arange(start, start + len(t)) % len(images)
-        x_0 = to_x_0(torch.from_numpy(images[indices])).to(device, diffusion.dtype)
+        pixels = torch.from_numpy(images[indices])
+        x_0 = to_x_0(pixels, getattr(model, "image_channels", 3)).to(device, diffusion.dtype)
         eps = draw_noise(x_0.shape, image_generators(0, numbers), device, x_0.dtype)
         chosen = torch.from_numpy(attributes[indices]).to(device) if attributes.shape[1] else None
         autocast = torch.autocast(device.type, dtype, enabled=dtype is not None)

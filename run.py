@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dataset import Batches, Faces, load_faces
 from device import autocast_dtype, compile_network, precision_note
 from diffusion import Diffusion
+from errors import UsageError
 from files import save_json
 from generate import sample_grid
 from likelihood import held_out_loss
@@ -98,8 +99,13 @@ def set_up(config, processes: Processes) -> Run:
         origin = processes.share(open_weights(config.init_from) if processes.is_main else None)
     base = (found or origin or (None, {}))[1].get("unet")
     with processes.first_of_each_machine_first():
-        faces = load_faces(config.path_to_data, config.img_size, config.only, config.attributes)
-    batches = Batches(faces, config.batch_size, config.seed, device, stride=processes.world_size)
+        faces = load_faces(
+            config.path_to_data, config.img_size, config.only, config.attributes, config.grey
+        )
+    channels = image_channels(config, faces, base, (found or origin or ("",))[0])
+    base = {**(base or {}), "image_channels": 1} if channels == 1 else base
+    split = dict(stride=processes.world_size, channels=channels)
+    batches = Batches(faces, config.batch_size, config.seed, device, **split)
     diffusion = Diffusion(**diffusion_arguments(config), device=device)
     dtype = autocast_dtype(config.mixed_precision, device)
     state = make_state(config, device, dtype == torch.float16, base)
@@ -123,6 +129,18 @@ def set_up(config, processes: Processes) -> Run:
     return Run(config, folder, faces, batches, diffusion, dtype, state, about)
 
 
+def image_channels(config, faces: Faces, base: dict | None, path: Path | str) -> int:
+    """C: that of the weights it begins with, else 1 where all images are grey. Raises UsageError
+    where the weights, of `path`, are of others than the images."""
+    channels = base.get("image_channels", 3) if base else 1 if faces.grey else 3
+    if channels == 3 and config.grey:
+        fix = "leave it out, or begin without these weights"
+        raise UsageError("--grey", f"{path} is of colour images", fix)
+    if channels == 1 and not faces.grey:
+        raise UsageError(path, "is of grey images, these have colours", "add --grey")
+    return channels
+
+
 def rehearse(run: Run, processes: Processes, stop: StopSignals) -> None:
     """Say what is trained on what; find out now what would fail later."""
     config, device, model = run.config, processes.device, run.state.model
@@ -131,6 +149,8 @@ def rehearse(run: Run, processes: Processes, stop: StopSignals) -> None:
         say(note)
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     say(run.faces.description)
+    if run.batches.channels == 1:
+        say("all images are grey, so the network has one channel")
     say(f"{millions:.1f} M weights in {used} on {processes.world_size} x {device.type}")
     size = sum(p.nbytes for p in model.parameters())
     needed = (config.keep_checkpoints + 2) * size * 4  # weights, EMA, two moments of Adam's

@@ -117,7 +117,8 @@ def sample_with(config: SampleConfig, processes: Processes) -> Path:
             save_each(batches, out)
             processes.everyone()
             return done(config, trained)
-        images = torch.zeros(len(numbers), 3, trained.img_size, trained.img_size)  # fits, or fails
+        shape = (len(numbers), trained.image_channels, trained.img_size, trained.img_size)
+        images = torch.zeros(shape)  # fits, or fails
         for start, batch in batches:
             images[start:][: len(batch)] = batch
     images = processes.sum(images)

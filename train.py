@@ -69,6 +69,7 @@ class Config:
     img_size: int = fixed(64, least=8)  # pixels of a side: 32, 64, 128, 192, 256
     only: tuple[str, ...] = fixed(())  # train on the faces with these attributes: Smiling Male=-1
     attributes: tuple[str, ...] = fixed(())  # generate faces by these: Smiling Male Eyeglasses
+    grey: bool = fixed(False)  # take the colours out; of grey images one channel is trained anyway
     attribute_dropout: float = fixed(0.1, least=0, most=1)  # share trained on without any attribute
     # The network
     channels: int = fixed(128, least=4)  # channels of the first stage

@@ -1,6 +1,6 @@
 """The network of DDPM: a U-Net that finds the noise in an image (Ho et al. 2020, appendix B).
 
-    x_t (B, 3, H, W) -> conv_in -> down stages -> middle -> up stages -> conv_out -> (B, 3, H, W)
+    x_t (B, C, H, W) -> conv_in -> down stages -> middle -> up stages -> conv_out -> (B, C, H, W)
 
 A down stage holds `num_res_blocks` residual blocks, each followed by attention where the stage's
 resolution is one of `attn_resolutions`, then halves the image (not the last stage). An up stage
@@ -187,6 +187,7 @@ class UNet(nn.Module):
     num_attributes: length K of the condition; 0 for an unconditional network
     norm_groups: groups of every norm; 0: each has its own number, by `GroupNorm`
     norm_eps, downsample_padding, freq_shift: as in other implementations, whose weights want them
+    image_channels: C, 3 of colour, 1 of grey images
     """
 
     def __init__(
@@ -203,11 +204,13 @@ class UNet(nn.Module):
         norm_eps: float = 1e-5,
         downsample_padding: int = 1,
         freq_shift: int = 1,
+        image_channels: int = 3,
     ):
         super().__init__()
         check_shape(img_size, channels, channel_mults, head_dim)
         widths = [channels * mult for mult in channel_mults or default_channel_mults(img_size)]
         self.img_size, self.channels, self.freq_shift = img_size, channels, freq_shift
+        self.image_channels = image_channels
         time_dim = 4 * channels
         self.time_mlp = nn.Sequential(
             nn.Linear(channels, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim)
@@ -215,7 +218,7 @@ class UNet(nn.Module):
         self.attribute_map = (
             nn.Linear(num_attributes, time_dim, bias=False) if num_attributes else None
         )
-        self.conv_in = nn.Conv2d(3, channels, 3, padding=1)
+        self.conv_in = nn.Conv2d(image_channels, channels, 3, padding=1)
         stage = partial(Stage, time_dim=time_dim, dropout=dropout)
         last = len(widths) - 1
         resolutions = [img_size // 2**i for i in range(len(widths))]
@@ -243,7 +246,7 @@ class UNet(nn.Module):
             self.up.append(stage(channels_in, width, head_dims[i], resample))
 
         self.norm_out = GroupNorm(width, silu=True)
-        self.conv_out = zero_init(nn.Conv2d(width, 3, 3, padding=1))
+        self.conv_out = zero_init(nn.Conv2d(width, image_channels, 3, padding=1))
         for module in self.modules():
             if isinstance(module, GroupNorm):
                 module.eps, module.num_groups = norm_eps, norm_groups or module.num_groups
@@ -251,7 +254,7 @@ class UNet(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x_t: Tensor, t: Tensor, attributes: Tensor | None = None) -> Tensor:
-        """x_t: (B, 3, H, W), the shape of the output; t: (B,) in [0, T); attributes: (B, K)."""
+        """x_t: (B, C, H, W), the shape of the output; t: (B,) in [0, T); attributes: (B, K)."""
         emb = self.time_mlp(sinusoidal_embedding(t, self.channels, self.freq_shift).to(x_t.dtype))
         if attributes is not None:
             emb = emb + self.attribute_map(attributes)

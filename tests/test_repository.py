@@ -111,7 +111,7 @@ def test_each_module_imports_only_what_the_design_allows():
         "metrics": {"errors", "images", "prepared", "terminal"},
         "generate": {"device", "diffusion", "errors", "files", "images", "pretrained"}
         | {"unet", "utils"},
-        "editing": {"decoding", "diffusion", "errors", "generate", "images", "samplers"},
+        "editing": {"dataset", "decoding", "diffusion", "errors", "generate", "images", "samplers"},
         "run": under - {"run", "sample", "metrics", "cli"},
         "sample": under - {"run", "sample", "safety", "metrics", "likelihood"},
         "train": under - {"sample", "metrics"},

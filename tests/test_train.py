@@ -348,6 +348,7 @@ def test_config_is_covered_by_the_tests_of_its_constants():
         "device",  # test_systems.py
     }
     tested |= {"attributes", "attribute_dropout"}  # test_conditional.py
+    tested |= {"grey"}  # test_grey.py
     tested |= {"sample_every", "num_samples", "save_every", "keep_checkpoints"}
     marks = test_every_constant_of_the_training_changes_the_result.pytestmark
     tested |= {case[0] for mark in marks for case in mark.args[1]}
