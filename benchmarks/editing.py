@@ -27,7 +27,7 @@ from images import image_grid, save_image, to_x_0
 from settings import check_ranges, constant
 from terminal import say, table
 
-NUM_SHOWN = 8  # faces in a row of the sheet
+NUM_SHOWN = 6  # faces in a row of the sheet
 
 # What is generated: top, bottom, left, right, in shares of the image's side.
 HOLES = {
