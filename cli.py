@@ -70,7 +70,7 @@ def run(
             reason = " ".join(str(error).split())[:200]
             code = fail(f"memory: does not suffice ({reason}). Fix: {fix}", 5)
         elif isinstance(error, OSError):  # where nothing more can be said of it
-            where, reason = error.filename or "the system", error.strerror or error
+            where, reason = str(error.filename or "the system")[:200], error.strerror or error
             code = fail(f"{where}: {reason}. Fix: check the path, its rights and `ulimit -a`", 5)
         else:
             raise

@@ -53,7 +53,7 @@ class DivergedError(UserError):
 
 # What torch says where memory does not suffice, on a CPU or a GPU, or could on no machine.
 OUT_OF_MEMORY = ("out of memory", "allocate memory", "not enough memory", "std::bad_alloc")
-OUT_OF_MEMORY += ("could not create a primitive",)  # oneDNN's convolutions
+OUT_OF_MEMORY += ("could not create a primitive", "can't start new thread")  # oneDNN, Python
 OUT_OF_MEMORY += ("calculation overflowed", "multiplication overflow", "Invalid buffer size")
 
 

@@ -70,9 +70,10 @@ class Features:
             raise self._wrong(f"gives {shape or type(vectors).__name__}, not ({len(batch)}, D)")
         if shape[1] == 0 or vectors.is_complex():
             raise self._wrong(f"gives {shape} of {vectors.dtype}")
+        vectors = vectors.detach().float()
         if not torch.isfinite(vectors).all():
-            raise self._wrong("gives numbers that are not finite")
-        return vectors.float().cpu().numpy()
+            raise self._wrong("gives numbers that are not finite in float32")
+        return vectors.cpu().numpy()
 
     def _wrong(self, what: str) -> UsageError:
         fix = "give a function from (B, 3, S, S) uint8 to (B, D) float32"

@@ -252,6 +252,10 @@ def command(monkeypatch):
     signal.signal(signal.SIGINT, before)
 
 
+def no_more_threads():
+    raise RuntimeError("can't start new thread")
+
+
 @pytest.mark.parametrize(
     "take",
     [
@@ -259,6 +263,7 @@ def command(monkeypatch):
         lambda: torch.empty(10**10, 10**10),
         lambda: np.empty(10**16),
         lambda: bytearray(10**16),
+        no_more_threads,
     ],
 )
 def test_memory_that_does_not_suffice_is_one_line(command, capfd, take):
@@ -273,6 +278,7 @@ def test_memory_that_does_not_suffice_is_one_line(command, capfd, take):
     [
         (errno.EMFILE, "a.py", "a.py: Too many open files"),
         (errno.EACCES, None, "the system: Permission denied"),
+        (errno.ENAMETOOLONG, "a" * 5000, "aaa: File name too long"),
     ],
 )
 def test_what_the_system_refuses_is_one_line_wherever_it_does(command, capfd, number, name, words):

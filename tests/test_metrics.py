@@ -191,6 +191,7 @@ def test_images_are_resized_to_the_features_size():
         (lambda x: means(x)[:1], "gives (1, 12)"),
         (lambda x: [1.0], "gives list"),
         (lambda x: means(x) / 0, "not finite"),
+        (lambda x: means(x).double() * 1e300, "not finite in float32"),
         (lambda x: x @ torch.zeros(3), "fails on uint8 (2, 3, 8, 8)"),
         (lambda x: sys.exit("enough"), "fails on uint8 (2, 3, 8, 8): SystemExit enough"),
         (lambda x: means(x)[:, :0], "gives (2, 0)"),
@@ -201,6 +202,12 @@ def test_wrong_features_are_refused_in_one_line(function, said):
     with pytest.raises(UsageError, match="--features: mine") as error:
         Features("mine", function).of(random_images(2))
     assert said in str(error.value)
+
+
+def test_vectors_with_a_gradient_are_taken_without_it():
+    images = np.zeros((2, 8, 8, 3), np.uint8)
+    features = Features("own", lambda x: means(x).requires_grad_())
+    assert features.of(images).shape == (2, 12)
 
 
 def test_features_that_change_their_length_are_refused():
