@@ -70,14 +70,14 @@ class EvaluateConfig:
     path_to_data: str = "data"  # the faces it was trained on, as for train.py
     num_images: int = constant(1000, least=2)  # images of each sampler, and real ones beside them
     num_reference: int = constant(0, least=0)  # training faces to compare with; 0: all others
-    samplers: tuple[str, ...] = ("dpm++:20",)  # name:steps, each from the same noise
+    samplers: tuple[str, ...] = ("dpm++:10",)  # name:steps, each from the same noise
     features: str = ""  # for the distances: inception (default on a GPU), none, module:callable
     feature_size: int = constant(0, least=0)  # pixels images are resized to first; 0: as they are
     loss_draws: int = constant(2, least=0)  # held-out faces at each t; 0: no held-out loss
     seed: int = constant(0, least=0)  # image i depends on (seed, i) alone
     batch_size: int = constant(64, least=1)  # images generated at a time
     guide: str = "auto"  # an early checkpoint whose errors to avoid; auto: the run's own; none
-    autoguidance: float = constant(1.5, least=1)  # how far it leads: 1 not at all, 2 far
+    autoguidance: float = constant(1.3, least=1)  # how far it leads: 1 not at all, 2 far
     raw: bool = False  # generate with the weights as trained, not with their average (EMA)
     device: Literal[*DEVICES] = "auto"  # auto: cuda where there is one, else cpu; mps: untried
 
@@ -139,7 +139,7 @@ def check_config(config: EvaluateConfig) -> None:
     """Raise UsageError, naming the flag, for what cannot be, whatever the checkpoint."""
     check_ranges(config)
     if not config.samplers or len(set(config.samplers)) < len(config.samplers):
-        raise UsageError("--samplers", "names none, or one twice", "give each once, as dpm++:20")
+        raise UsageError("--samplers", "names none, or one twice", "give each once, as dpm++:10")
     if config.loss_draws == 1:
         what = "is 1, which has no standard error"
         raise UsageError("--loss_draws", what, "give 0, or 2 or more")
@@ -150,7 +150,7 @@ def check_samplers(config: EvaluateConfig, num_timesteps: int) -> None:
     for text in config.samplers:
         sampler, _, steps = text.partition(":")
         if not steps.isdecimal() or len(steps) > 9:
-            raise UsageError("--samplers", f"is {text!r}", "write name:steps, such as dpm++:20")
+            raise UsageError("--samplers", f"is {text!r}", "write name:steps, such as dpm++:10")
         try:
             check_sampler(sampler, int(steps), num_timesteps=num_timesteps)
         except SamplerError as error:

@@ -124,7 +124,7 @@ def own_guide(trained: Trained) -> Path | None:
     return guide if guide and int(guide.stem[5:]) * 2 <= trained.step else None
 
 
-def add_guide(trained: Trained, checkpoint: str | Path = "auto", strength: float = 1.5) -> Trained:
+def add_guide(trained: Trained, checkpoint: str | Path = "auto", strength: float = 1.3) -> Trained:
     """The network guided by an earlier checkpoint of its run: "auto" takes `own_guide`'s, "none"
     none, and the network stays as it is. Raises UsageError where the checkpoint is of other images,
     CheckpointError where it cannot be loaded."""
@@ -190,7 +190,7 @@ def generate(
     numbers: Sequence[int],
     seed: int = 0,
     batch_size: int = 64,
-    steps: int = 20,
+    steps: int = 10,
     bar: tqdm | None = None,
     turn: int = 0,
     turns: int = 1,

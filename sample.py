@@ -55,7 +55,9 @@ class SampleConfig:
     checkpoint: str = ""  # a run, a file in it, a folder of diffusers'; empty: the newest run here
     num_images: int = constant(64, least=1)  # images to generate
     sampler: Literal[*SAMPLERS] = "dpm++"  # the default needs the fewest steps
-    steps: int = constant(20, least=1)  # evaluations of the network for each image
+    steps: int = constant(
+        10, least=1
+    )  # evaluations of the network for each image, and of its guide
     eta: float = constant(0.0, least=0, most=1)  # noise added on the way: 1 as much as ddpm
     seed: int = constant(0, least=0)  # image i depends on (seed, i) alone
     batch_size: int = constant(64, least=1)  # images generated at a time
@@ -68,7 +70,7 @@ class SampleConfig:
     strength: float = constant(1.0, least=0, most=1)  # 0 gives --image back, 1 nothing of it
     interpolate: tuple[int | str, ...] = constant((), least=0)  # between two: 3 8, or a.png b.png
     guide: str = "auto"  # an early checkpoint whose errors to avoid; auto: the run's own; none
-    autoguidance: float = constant(1.5, least=1)  # how far it leads: 1 not at all, 2 far
+    autoguidance: float = constant(1.3, least=1)  # how far it leads: 1 not at all, 2 far
     raw: bool = False  # generate with the weights as trained, not with their average (EMA)
     device: Literal[*DEVICES] = "auto"  # auto: cuda where there is one, else cpu; mps: untried
     out: str = "samples.png"  # .png: one grid; .gif: the way from noise to faces; else a folder
