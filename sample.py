@@ -55,9 +55,7 @@ class SampleConfig:
     checkpoint: str = ""  # a run, a file in it, a folder of diffusers'; empty: the newest run here
     num_images: int = constant(64, least=1)  # images to generate
     sampler: Literal[*SAMPLERS] = "dpm++"  # the default needs the fewest steps
-    steps: int = constant(
-        10, least=1
-    )  # evaluations of the network for each image, and of its guide
+    steps: int = constant(10, least=1)  # evaluations of the network for each image
     eta: float = constant(0.0, least=0, most=1)  # noise added on the way: 1 as much as ddpm
     seed: int = constant(0, least=0)  # image i depends on (seed, i) alone
     batch_size: int = constant(64, least=1)  # images generated at a time

@@ -18,7 +18,7 @@ are asserted to agree to half a grey level.
 import sys
 import tempfile
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -129,7 +129,9 @@ class Diffusers:
 
     def __init__(self, path: Path, device: torch.device, half: bool):
         trained = load_trained(path, device="cpu", half=False)
-        self.train_config, self.ours = Config(**trained.settings), trained.model
+        names = {field.name for field in fields(Config)}
+        settings = {name: value for name, value in trained.settings.items() if name in names}
+        self.train_config, self.ours = Config(**settings), trained.model
         self.device, self.network = device, diffusers_network(self.ours).eval().to(device)
         self.autocast = half and device.type == "cpu"
         if half and not self.autocast:
