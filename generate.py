@@ -39,7 +39,7 @@ class Trained:
     settings: dict  # the constants of its run
     step: int
     guided_by: str = ""  # the digest of the guide and the strength, where there is one
-    guide: Path | None = None
+    guide: Path | None = None  # its file
 
     @property
     def img_size(self) -> int:
@@ -115,12 +115,12 @@ class Autoguided(nn.Module):
 def own_guide(trained: Trained) -> Path | None:
     """What guides these weights where nothing is said: the early checkpoint that their run kept,
     if they have at least twice its steps; the folder `<name>_guide` beside a folder of weights."""
-    folder = trained.path.parent
+    folder, total = trained.path.absolute().parent, trained.settings.get("num_training_steps")
     if folder.name != "checkpoints":
         folder = folder.parent if folder.name == "unet" else folder
         beside = folder.with_name(f"{folder.name}_guide")
         return beside if beside.is_dir() else None
-    guide = find_guide(folder.parent, trained.settings["num_training_steps"])
+    guide = find_guide(trained.path.parent.parent, total) if total else None
     return guide if guide and int(guide.stem[5:]) * 2 <= trained.step else None
 
 
@@ -128,8 +128,8 @@ def add_guide(trained: Trained, checkpoint: str | Path = "auto", strength: float
     """The network guided by an earlier checkpoint of its run: "auto" takes `own_guide`'s, "none"
     none, and the network stays as it is. Raises UsageError where the checkpoint is of other images,
     CheckpointError where it cannot be loaded."""
-    checkpoint = {"auto": own_guide(trained), "none": None}.get(checkpoint, checkpoint)
-    if not checkpoint:
+    checkpoint = own_guide(trained) if checkpoint == "auto" else checkpoint
+    if checkpoint in (None, "none"):
         return trained
     guide = load_trained(
         checkpoint, device=trained.diffusion.device, half=trained.dtype is not None

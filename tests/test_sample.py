@@ -212,6 +212,17 @@ def test_a_run_guides_its_images_by_the_checkpoint_it_kept_of_a_fifth_of_its_ste
     assert np.array_equal(plain, saved_images(checkpoint=early, guide="none"))
 
 
+def test_checkpoints_without_a_run_around_them_are_not_guided(run, monkeypatch):
+    monkeypatch.chdir(run.parent)
+    plain = saved_images(guide="none")
+    shutil.copy(find_checkpoint(run), "alone.pt")
+    assert np.array_equal(saved_images(checkpoint="alone.pt"), plain)
+    saved = load_checkpoint(find_checkpoint(run))
+    del saved["settings"]["num_training_steps"]  # as in what diffusers trained
+    save_checkpoint(checkpoint_path(Path("foreign"), 6), saved)
+    assert np.array_equal(saved_images(checkpoint="foreign"), plain)
+
+
 def test_weights_beside_which_a_guide_lies_are_guided_by_it(here):
     train(tiny(norm_groups=4))
     convert(ConvertConfig(to_diffusers="run", out="mine"))
