@@ -142,6 +142,9 @@ def _image_error(name: str, error: Exception) -> UserError:
     if number:
         fix = "check the disk, the file and its permissions"
         return DataError(name, f"cannot be read ({error.strerror})", fix)
+    if str(error) == GRID:
+        fix = "remove it, or generate single images: sample.py --out with the name of a folder"
+        return DataError(name, f"is {GRID}, no single image", fix)
     reason = f"{type(error).__name__}: {error}"
     if isinstance(error, UnidentifiedImageError):  # its own words are of a buffer in memory
         reason = "in no format that Pillow knows"

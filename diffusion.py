@@ -250,7 +250,7 @@ class Diffusion:
         (B or 1, 1, H, W), what that leaves out (RePaint), with `resample` times the steps. Raises
         SamplerError for what the sampler cannot do."""
         start = round(strength * self.num_timesteps)
-        check_sampler(sampler, steps, eta, max(1, start))
+        check_sampler(sampler, steps, eta, start)
 
         def draw() -> Tensor:
             return draw_noise(shape, generator, self.device, self.dtype)

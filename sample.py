@@ -21,8 +21,9 @@ import threads  # noqa: F401  before torch, which reads what it sets
 
 # isort: split
 
+import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -65,7 +66,7 @@ class SampleConfig:
     image: str = ""  # an image of yours, to repair or to vary
     mask: str = ""  # of the image's size, white where it is generated anew; the rest is kept
     resample: int = constant(5, least=1)  # times that each part of a repair is gone through
-    strength: float = constant(1.0, least=0, most=1)  # 0 gives --image back, 1 nothing of it
+    strength: float | None = constant(None, least=0, most=1)  # 0: --image itself, 1: nothing of it
     interpolate: tuple[int | str, ...] = constant((), least=0)  # between two: 3 8, or a.png b.png
     guide: str = "auto"  # an early checkpoint whose errors to avoid; auto: the run's own; none
     autoguidance: float = constant(1.3, least=1)  # how far it leads: 1 not at all, 2 far
@@ -135,7 +136,7 @@ def check_config(config: SampleConfig, num_timesteps: int | None = None) -> None
     """Raise UsageError, naming the flag, for what cannot be. num_timesteps: T where it is known."""
     check_ranges(config)
     try:
-        start = num_timesteps and max(1, round(config.strength * num_timesteps))
+        start = num_timesteps and round(share_of_T(config) * num_timesteps)
         check_sampler(config.sampler, config.steps, config.eta, start)
     except SamplerError as error:
         raise UsageError(f"--{error.argument}", error.what, error.fix) from error
@@ -158,12 +159,30 @@ def check_config(config: SampleConfig, num_timesteps: int | None = None) -> None
         names = " or ".join(name for name in SAMPLERS if is_deterministic(name))
         fix = f"{names}, by which the same noise makes the same image"
         check(is_deterministic(config.sampler), "sampler", fix)
+        from_files = any(isinstance(end, str) for end in config.interpolate)
+        check(config.steps > 1 or not from_files, "steps", "2 or more, 50 say, to find their noise")
+    check_own_files(config, check)
+
+
+def check_own_files(config: SampleConfig, check: Callable[[bool, str, str], None]) -> None:
+    """`check_config`'s part on the user's own images: check(good, name of the flag, fix)."""
+    is_changed = bool(config.mask) or config.strength is not None
     if config.image:
-        to_do = config.mask or config.strength < 1
-        check(bool(to_do), "image", "with it --mask to repair it, or --strength below 1 to vary it")
+        check(is_changed, "image", "with it --mask to repair it, or --strength to vary it")
     else:
         check(not config.mask, "mask", "with it --image, of which it says what to generate")
-        check(config.strength == 1, "strength", "with it --image, which it changes")
+        check(config.strength is None, "strength", "with it --image, which it changes")
+    is_repair = bool(config.mask) or config.resample == SampleConfig.resample
+    check(is_repair, "resample", "with it --image and --mask, which it helps to repair")
+    files = [each for each in (config.image, config.mask, *config.interpolate) if each]
+    paths = [os.path.realpath(each) for each in files if isinstance(each, str)]
+    is_new = os.path.realpath(config.out) not in paths
+    check(is_new, "out", "another name, or that image of yours would be lost")
+
+
+def share_of_T(config: SampleConfig) -> float:
+    """--strength, and 1, from noise alone, where nothing is said."""
+    return 1.0 if config.strength is None else config.strength
 
 
 def check_out(out: Path) -> None:
@@ -201,7 +220,7 @@ def read_edit(config: SampleConfig, trained: Trained) -> dict:
     DataError for files that cannot be."""
     if not config.image:
         return {}
-    edit = dict(image=read_image(config.image, trained), strength=config.strength)
+    edit = dict(image=read_image(config.image, trained), strength=share_of_T(config))
     if config.mask:
         edit |= dict(mask=read_mask(config.mask, config.image, trained), resample=config.resample)
     return edit

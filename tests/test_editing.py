@@ -163,8 +163,10 @@ def small(d, x_t, t):
 
 def test_strength_0_gives_the_image_and_1_nothing_of_it(run):
     image = np.asarray(crop_face(Image.open("face.png"), SIZE, aligned=True))
-    for answer in edited(image="face.png", strength=0.0):
-        np.testing.assert_array_equal(answer, image)
+    for sampler in SAMPLERS:
+        for answer in edited(image="face.png", strength=0.0, sampler=sampler):
+            np.testing.assert_array_equal(answer, image)
+    np.testing.assert_array_equal(edited(image="face.png", strength=1.0), edited())
     plain = torch.cat(list(generate(run, range(3), steps=3)))
     for name in ("face.png", "other.png"):
         image = read_image(name, run)
@@ -307,6 +309,11 @@ def test_files_that_cannot_be_are_one_line_and_nothing_is_generated(run, monkeyp
         (dict(image="face.png", mask="mask.png", resample=0), "--resample"),
         (dict(image="face.png", interpolate=(1, 2), strength=0.5), "--image"),
         (dict(image="face.png", strength=0.04, sampler="ddim", steps=3), "--steps"),
+        (dict(image="face.png", strength=0.5, resample=3), "--resample"),
+        (dict(interpolate=("face.png", 3), steps=1), "--steps"),
+        (dict(image="face.png", strength=0.5, out="./face.png"), "--out"),
+        (dict(image="face.png", mask="mask.png", out="mask.png"), "--out"),
+        (dict(interpolate=(3, "face.png"), out="face.png"), "--out"),
     ],
 )
 def test_flags_that_cannot_be_are_one_line(run, flags, part):
