@@ -123,11 +123,12 @@ def measure_encoding(config: EditingConfig, trained: Trained, faces: Tensor) -> 
 
 
 def held_out(config: EditingConfig, trained: Trained, faces: Faces) -> Tensor:
-    """The first held-out faces, (num_images, 3, H, W). Raises DataError of too few."""
+    """The first held-out faces, (num_images, C, H, W). Raises DataError of too few."""
     if len(faces.held_out) < config.num_images:
         what = f"{config.num_images} is more than the {len(faces.held_out)} held-out faces"
         raise DataError("--num_images", what, "lower it")
-    return to_x_0(torch.from_numpy(faces.images[faces.held_out[: config.num_images]]))
+    images = torch.from_numpy(faces.images[faces.held_out[: config.num_images]])
+    return to_x_0(images, trained.image_channels)
 
 
 def main() -> None:
@@ -137,9 +138,10 @@ def main() -> None:
     check_writable(Path(config.out), "--out")
     keep_freed_memory()
     trained = load_trained(config.checkpoint or None)
-    data = load_faces(config.path_to_data, trained.img_size, trained.settings["only"])
+    grey = trained.settings.get("grey", False)
+    data = load_faces(config.path_to_data, trained.img_size, trained.settings["only"], grey=grey)
     faces = held_out(config, trained, data)
-    others = to_x_0(torch.from_numpy(data.images[data.train]))
+    others = to_x_0(torch.from_numpy(data.images[data.train]), trained.image_channels)
     say(f"{trained.path}, {len(faces)} held-out faces\n{machine(trained.diffusion.device)}\n")
     shown = {"held-out face": faces} | measure_repair(config, trained, faces, others)
     shown |= measure_variation(config, trained, faces)

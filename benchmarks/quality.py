@@ -187,6 +187,9 @@ def compare(config: QualityConfig) -> Path:
     check_writable(Path(config.out) / "quality.json", "--out")
     device = find_device(config.device)
     trained = load_trained(config.checkpoint or None, device=device.type)
+    if trained.image_channels == 1:
+        what, fix = f"{trained.path} is of grey images, its peers of colours", "take another one"
+        raise UsageError("--checkpoint", what, fix)
     settings = trained.settings
     names = ("num_res_blocks", "attn_resolutions", "head_dim")
     shape = {name: settings[name] for name in names}

@@ -10,6 +10,8 @@ from conftest import tiny
 from diffusers import UNet2DModel
 from PIL import Image
 
+from benchmarks import editing, quality
+from benchmarks.common import read_tables
 from convert import ConvertConfig, convert
 from dataset import Batches, load_faces
 from errors import UsageError
@@ -112,6 +114,19 @@ def test_evaluation_shows_features_three_equal_channels(grey, monkeypatch):
     options = dict(num_images=4, samplers=("dpm++:2",), features="mine:load")
     assert evaluate(EvaluateConfig(str(run), "grey", **options)).is_file()
     assert len(seen) > 3 and seen.count((3, True)) >= len(seen) - 1  # one probe has colours
+
+
+def test_benchmarks_measure_a_grey_network_or_refuse_it(grey, monkeypatch, capsys):
+    train(tiny(path_to_data="pictures", grey=True))
+    words = "--checkpoint run --path_to_data pictures --num_images 1 --steps 2 --out sheet.png"
+    words += " --resample 1 --strengths 0.5 --encode_steps 2"
+    monkeypatch.setattr("sys.argv", ["editing.py", *words.split()])
+    editing.main()
+    assert len(read_tables(capsys.readouterr().out)) == 3
+    sheet = np.asarray(Image.open("sheet.png").convert("RGB"))
+    assert (sheet == sheet[..., :1]).all()
+    with pytest.raises(UsageError, match="^--checkpoint: .*is of grey images"):
+        quality.compare(quality.QualityConfig("run", device="cpu"))
 
 
 def test_grey_network_goes_to_diffusers_and_back(grey):
