@@ -5,6 +5,7 @@ import importlib.util
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from conftest import TINY, assert_error, run_script, tensors_equal
 from PIL import Image
 from torch import nn
 
-from benchmarks import data_speed, quality, recipes, sample_speed, train_speed
+from benchmarks import conditional_accuracy, data_speed, quality, recipes, sample_speed, train_speed
 from benchmarks.common import Worker, measure, ratio, read_tables
 from benchmarks.peers import diffusers_network, forward_flops, make_config
 from dataset import Batches, load_faces
@@ -204,6 +205,40 @@ def test_a_change_that_is_none_is_refused(here):
     for recipe in ("optimizer", "optimizer=sgd", "=3"):
         result = run_script("benchmarks/recipes.py", "--recipes", recipe)
         assert_error(result, 2, "--recipes" if "sgd" not in recipe else "--optimizer")
+
+
+def test_conditional_accuracy_counts_what_varied_faces_have_and_keep(monkeypatch, capsys):
+    """The judge reads an attribute off a pixel; to vary is to switch the one asked for, and one
+    more: Smiling, but in faces that are asked to smile."""
+    names = ("Smiling", "Black_Hair", "Blond_Hair")
+    places = [conditional_accuracy.ATTRIBUTES.index(name) for name in names]
+    trained = SimpleNamespace(attribute_names=names, image_channels=3, img_size=32, path="run")
+    faces = torch.randint(0, 2, (60, 3, 32, 32), generator=torch.Generator().manual_seed(0))
+    faces = faces.float() * 2 - 1
+
+    def vary(trained, numbers, seed, attributes, image, **options):
+        image, asked = image.clone(), places[int(attributes[0].argmax())]
+        assert len(image) == len(numbers) and (image[:, 0, 0, asked] < 0).all()
+        image[:, 0, 0, asked] = 1
+        if asked != places[0]:
+            image[:, 0, 0, places[0]] *= -1
+        yield image
+
+    judge = lambda faces: faces[:, 0, 0, :15], torch.ones(15)  # noqa: E731
+    monkeypatch.setattr(conditional_accuracy, "classifier", lambda: judge)
+    monkeypatch.setattr(conditional_accuracy, "render_faces", lambda *_: (faces, None))
+    monkeypatch.setattr(conditional_accuracy, "generate", vary)
+    monkeypatch.setattr(conditional_accuracy, "load_trained", lambda _: trained)
+    words = "--strengths 0.5 --guidance 1 3 --num_images 10"
+    monkeypatch.setattr("sys.argv", ["conditional_accuracy.py", *words.split()])
+    conditional_accuracy.main()
+    text = capsys.readouterr().out
+    assert text.count("| 100.0% |         50.0% |") == 2, text  # of 2, 1 and 1 others 2, 0 and 0
+    distance = 127.5 * (4 * (1 + 2 + 2) / 3 / (3 * 32 * 32)) ** 0.5  # 1, 2 and 2 values by 2
+    assert text.count(f"{distance:.1f} |") == 2, text
+    for bad in (dict(attribute_names=("Young",)), dict(attribute_names=()), dict(img_size=64)):
+        with pytest.raises(UsageError, match="^--checkpoint: "):
+            conditional_accuracy.Judge(SimpleNamespace(**{**vars(trained), **bad}))
 
 
 def test_a_row_that_is_not_there_is_named():
