@@ -7,6 +7,19 @@
 sample.py, evaluate.py and train.py --init_from also take a folder of diffusers' as it is.
 """
 
+if __name__ == "__main__":
+    # Ctrl-C while the rest is imported ends it without a traceback; PYTHONSAFEPATH hides the rest.
+    import os
+    import signal
+    import sys
+
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+
+import threads  # noqa: F401  before torch, which reads what it sets
+
+# isort: split
+
 import sys
 from dataclasses import dataclass
 from pathlib import Path

@@ -20,6 +20,7 @@ from train import Config, train
 from utils import list_checkpoints, load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
+COMMANDS = ("train.py", "sample.py", "evaluate.py", "convert.py")
 
 TINY = dict(
     experiment_name="run",

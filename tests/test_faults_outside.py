@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, flags, needs_posix, run_script, tiny
+from conftest import COMMANDS, ROOT, TINY, flags, needs_posix, run_script, tiny
 
 import cli
 import log
@@ -227,10 +227,13 @@ def test_signals_that_announce_an_end_save_and_stop_however_often_they_come(
     assert steps() == [2]
 
 
-def test_ctrl_c_while_importing_ends_without_a_traceback():
+@pytest.mark.parametrize("script", COMMANDS)
+def test_ctrl_c_while_importing_ends_without_a_traceback(script):
+    """So it has found its own modules, though Python hides the folder that they lie in."""
     needs_posix()
-    command = [sys.executable, "-X", "importtime", str(ROOT / "train.py"), "--help"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, stdout=-3)
+    command = [sys.executable, "-X", "importtime", str(ROOT / script), "--help"]
+    options = dict(stderr=subprocess.PIPE, text=True, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command, env=os.environ | {"PYTHONSAFEPATH": "1"}, **options)
     for line in process.stderr:
         if "numpy" in line:
             break

@@ -133,6 +133,7 @@ def test_tests_that_need_posix_say_so(path):
         ("train", {}),
         ("sample", {}),
         ("evaluate", {}),
+        ("convert", {}),
         ("train", {"GOMP_SPINCOUNT": "7"}),
         ("train", {"OMP_WAIT_POLICY": "ACTIVE"}),
     ],
