@@ -5,6 +5,7 @@ does not have is named.
 """
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -104,16 +105,23 @@ def scheduler_config(num_timesteps: int, noise_schedule: str, prediction: str) -
     )
 
 
+def checker(path: Path, config: dict, known: str) -> Callable[[str, bool, str], None]:
+    """A function of a setting's name, of whether its value will do, and of what would: it raises
+    CheckpointError where it will not. known: says what there is here, with a place for it."""
+
+    def want(name: str, good: bool, allowed: str) -> None:
+        if not good:
+            what = f"{name} is {str(config.get(name))[:100]}; {known.format(allowed)}"
+            raise CheckpointError(path, what, "take another model")
+
+    return want
+
+
 def read_unet_config(path: Path) -> tuple[dict, bool]:
     """The arguments of `UNet` that a UNet2DModel's configuration amounts to, and whether it puts
     cosines before sines. Raises CheckpointError, naming the setting, where there are none."""
     config = THE_ONLY | DEFAULTS | {"_class_name": None} | read_json(path)
-
-    def want(name: str, good: bool, allowed: str) -> None:
-        if not good:
-            what = f"{name} is {str(config[name])[:100]}; our network has {allowed}"
-            raise CheckpointError(path, what, "take another model")
-
+    want = checker(path, config, "our network has {}")
     for name, only in THE_ONLY.items():
         want(name, config[name] == only, f"only {only}")
     want("in_channels", config["in_channels"] in (1, 3), "3, or 1 of grey images")
@@ -173,12 +181,7 @@ def read_scheduler_config(path: Path) -> dict:
     CheckpointError, naming the setting, where there are none."""
     config = dict(num_train_timesteps=1000, beta_schedule="linear", beta_start=1e-4, beta_end=0.02)
     config |= dict(trained_betas=None, prediction_type="epsilon") | read_json(path)
-
-    def want(name: str, good: bool, allowed: str) -> None:
-        if not good:
-            what = f"{name} is {str(config.get(name))[:100]}; there is {allowed} here"
-            raise CheckpointError(path, what, "take another model")
-
+    want = checker(path, config, "there is {} here")
     kinds = "DDPM|DDIM|DPMSolver|UniPC|PNDM|DEIS|Euler|Heun"
     fits = re.match(kinds, str(config.get("_class_name")))
     want("_class_name", bool(fits), "a scheduler of betas, such as DDPMScheduler,")

@@ -52,7 +52,7 @@ from generate import (
 )
 from images import image_grid, save_image, to_x_0
 from likelihood import loss_at_all_t
-from metrics import copies, find_features, measure_distances, nearest_pixels, nearest_vectors
+from metrics import find_features, measure_images
 from processes import Processes
 from samplers import SamplerError, check_sampler
 from settings import check_ranges, constant
@@ -252,43 +252,6 @@ def compare_held_out(config: EvaluateConfig, faces: Faces, raw: Trained, average
         result[name] = {"bands": loss.bands(), "loss": float(loss.loss.mean())}
         result[name] |= {"bits_per_dim": bits, "bits_per_dim_error": error}
     return result
-
-
-def measure_images(faces, features, generated, real, device: str = "cpu") -> tuple[dict, list]:
-    """The distances of all samplers' images, and the training faces nearest to the first one's.
-
-    real: `split_real`'s. Returns what evaluation.json says of them, and the nearest places, (N, 2),
-    in faces.train: by pixels and, where there are any, by features."""
-    floor, reference = real
-    held_out = floor[np.isin(floor, faces.held_out)]
-    samplers = {one.name: {"seconds": one.seconds} for one in generated}
-    sets = {"generated": generated[0].images}
-    if len(held_out):
-        sets["held out"] = faces.images[held_out]
-    near, found = {}, []
-    for name, images in sets.items():
-        places, distances = nearest_pixels(images, faces.images, faces.train, device)
-        near[f"{name}, by pixels"] = copies(distances)
-        found.append(places)
-    found = found[:1]
-    if features:
-        chosen = np.concatenate([reference, floor])
-        vectors = features.cached(faces.images, chosen, faces.key)
-        first, rest = vectors[: len(reference)], vectors[len(reference) :]
-        by_sampler = {one.name: features.of(one.images) for one in generated}
-        by_set = {"generated": by_sampler[generated[0].name]}
-        by_set["held out"] = rest[np.isin(floor, faces.held_out)]
-        by_sampler["real faces (the floor)"] = rest
-        for name, values in measure_distances(first, by_sampler).items():
-            samplers[name] = samplers.get(name, {}) | values
-        trained_on = np.flatnonzero(np.isin(chosen, faces.train))
-        for name, images in sets.items():
-            mirrored = features.of(images[:, :, ::-1])
-            rows, distances = nearest_vectors(by_set[name], mirrored, vectors[trained_on], device)
-            near[f"{name}, by features"] = copies(distances)
-            if name == "generated":
-                found.append(np.searchsorted(faces.train, chosen[trained_on][rows]))
-    return {"samplers": samplers, "nearest": near}, found
 
 
 # The report ---------------------------------------------------------------------------------------

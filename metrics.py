@@ -283,3 +283,41 @@ def copies(distances: np.ndarray) -> dict[str, float]:
         "median_ratio": float(np.median(ratio)),
         "median_distance": float(np.median(distances[:, 0])),
     }
+
+
+def measure_images(faces, features, generated, real, device: str = "cpu") -> tuple[dict, list]:
+    """The distances of all samplers' images, and the training faces nearest to the first one's.
+
+    generated: `Generated` each; real: `evaluate.split_real`'s. Returns what evaluation.json says of
+    them, and the nearest places, (N, 2), in faces.train: by pixels and, where there are any, by
+    features."""
+    floor, reference = real
+    held_out = floor[np.isin(floor, faces.held_out)]
+    samplers = {one.name: {"seconds": one.seconds} for one in generated}
+    sets = {"generated": generated[0].images}
+    if len(held_out):
+        sets["held out"] = faces.images[held_out]
+    near, found = {}, []
+    for name, images in sets.items():
+        places, distances = nearest_pixels(images, faces.images, faces.train, device)
+        near[f"{name}, by pixels"] = copies(distances)
+        found.append(places)
+    found = found[:1]
+    if features:
+        chosen = np.concatenate([reference, floor])
+        vectors = features.cached(faces.images, chosen, faces.key)
+        first, rest = vectors[: len(reference)], vectors[len(reference) :]
+        by_sampler = {one.name: features.of(one.images) for one in generated}
+        by_set = {"generated": by_sampler[generated[0].name]}
+        by_set["held out"] = rest[np.isin(floor, faces.held_out)]
+        by_sampler["real faces (the floor)"] = rest
+        for name, values in measure_distances(first, by_sampler).items():
+            samplers[name] = samplers.get(name, {}) | values
+        trained_on = np.flatnonzero(np.isin(chosen, faces.train))
+        for name, images in sets.items():
+            mirrored = features.of(images[:, :, ::-1])
+            rows, distances = nearest_vectors(by_set[name], mirrored, vectors[trained_on], device)
+            near[f"{name}, by features"] = copies(distances)
+            if name == "generated":
+                found.append(np.searchsorted(faces.train, chosen[trained_on][rows]))
+    return {"samplers": samplers, "nearest": near}, found

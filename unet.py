@@ -86,6 +86,13 @@ def zero_init(layer: nn.Module) -> nn.Module:
     return layer
 
 
+def set_norms(network: nn.Module, eps: float, groups: int) -> None:
+    """Give every norm in a network this eps and, unless 0, this number of groups."""
+    for module in network.modules():
+        if isinstance(module, GroupNorm):
+            module.eps, module.num_groups = eps, groups or module.num_groups
+
+
 class ResidualBlock(nn.Module):
     """Norm, SiLU, 3x3 convolution, twice; t added in between; a shortcut around it all."""
 
@@ -247,9 +254,7 @@ class UNet(nn.Module):
 
         self.norm_out = GroupNorm(width, silu=True)
         self.conv_out = zero_init(nn.Conv2d(width, image_channels, 3, padding=1))
-        for module in self.modules():
-            if isinstance(module, GroupNorm):
-                module.eps, module.num_groups = norm_eps, norm_groups or module.num_groups
+        set_norms(self, norm_eps, norm_groups)
         # The memory format in which convolutions are fastest, on GPUs and CPUs; it is passed on.
         self.to(memory_format=torch.channels_last)
 

@@ -18,11 +18,11 @@ import sources
 from dataset import load_faces
 from diffusion import Diffusion
 from errors import DataError, UserError
-from evaluate import EvaluateConfig, evaluate, measure_images, split_real
+from evaluate import EvaluateConfig, evaluate, split_real
 from generate import Generated, generate, keep_generated, load_trained, read_generated
 from images import to_uint8
 from likelihood import held_out_loss, loss_at_all_t
-from metrics import find_features
+from metrics import find_features, measure_images
 from train import Config, train
 from utils import checkpoint_path, load_checkpoint, save_checkpoint
 
