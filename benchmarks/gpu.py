@@ -5,14 +5,16 @@
     python benchmarks/gpu.py --parts curves speed  # these anew
     python benchmarks/gpu.py --toy --out toy       # every part at a size for a CPU
 
-The parts take half an hour together on an H100. Each has a process of its own, and what it found is
-kept in --out at once: stopped, or when --minutes are over, the same command goes on with the parts
-that are left. --out then holds gpu.json, gpu.md with all the tables, and what each part printed.
+The parts, the most important first, take 40 minutes together on an H100, by guess, and an hour at
+most. Each has a process of its own, and what it found is kept in --out at once: stopped, or when
+--minutes are over, the same command goes on with the parts that are left. --out then holds
+gpu.json, gpu.md with all the tables, and what each part printed.
 """
 
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -113,7 +115,8 @@ def run_parts(config: GpuConfig) -> bool:
         result["parts"][name] = found
         save_json(path, result)
         (folder / "gpu.md").write_text(page(result))
-        say(f"{name}: {found['failed'] or 'done'}, {found['seconds']} s")
+        again = f"; --parts {name} tries it anew" if found["failed"] else ""
+        say(f"{name}: {found['failed'] or 'done'}, {found['seconds']} s{again}")
     return True
 
 
@@ -125,17 +128,20 @@ def main() -> None:
     if unknown := [name for name in config.parts if name not in PARTS]:
         raise UsageError("--parts", f"{unknown[0]!r} is none", f"choose of {', '.join(PARTS)}")
     if not config.child:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: its part ends with it
         if run_parts(config):
             say(f"all parts are done: {config.out}/gpu.md")
         return
-    work = Path(config.out) / "work" / config.parts[0]
-    subprocess.run(["rm", "-rf", str(work)], check=True)
+    work = Path(config.out).resolve() / "work" / config.parts[0]
+    shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     found = (Path(config.out) / f"{config.parts[0]}.json").resolve()
     os.chdir(work)
     if config.toy:
         draw_pictures()
     save_json(found, PARTS[config.parts[0]].find_out(config))
+    os.chdir(found.parent)
+    shutil.rmtree(work)  # gigabytes of checkpoints
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from generate import generate, load_trained
 from settings import constant
 from terminal import say
 from train import DEMO, Config, train
+from unet import CHANNEL_MULTS
 from utils import checkpoint_path, list_checkpoints, load_checkpoint, tensors_in
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,11 +57,13 @@ def run_config(config: GpuConfig, name: str, **changes) -> Config:
     return Config(**every)
 
 
-def network(config: GpuConfig) -> list[str]:
+def network(config: GpuConfig, img_size: int = 64) -> list[str]:
     """The flags of the network whose speed is asked for."""
+    size = f"--img_size {img_size} --channels 128 --rounds 3 --channel_mults"
+    mults = CHANNEL_MULTS[img_size]
     if config.toy:
-        return "--img_size 8 --channels 64 --channel_mults 1 1 --rounds 1".split()
-    return "--img_size 64 --channels 128 --channel_mults 1 2 2 2 4 --rounds 3".split()
+        size, mults = "--img_size 8 --channels 64 --rounds 1 --channel_mults", (1, 1)
+    return [*size.split(), *map(str, mults)]
 
 
 def draw_pictures() -> None:
@@ -261,18 +264,29 @@ def sample_speed(config: GpuConfig) -> dict:
     return measured("benchmarks/sample_speed.py", *network(config), *size)
 
 
-def variants(config: GpuConfig, *names: str) -> dict:
+def variants(config: GpuConfig, img_size: int, *names: str) -> dict:
     """Other ways to compute a step and images: what wins belongs into the product."""
-    names = names or ("as it is", "not compiled", "norm by channels", "transposed upsampling")
     size = ["--batch_size", "2", "--steps", "1"] if config.toy else []
     size += ["--device", config.device] if config.device else []
-    return measured("benchmarks/variants.py", *network(config), *size, "--variants", *names)
+    flags = [*network(config, img_size), *size]
+    return measured("benchmarks/variants.py", *flags, "--variants", *names)
+
+
+def variants_of_layers(config: GpuConfig) -> dict:
+    """See `variants`."""
+    names = "not compiled", "weights cast anew", "norm by channels", "transposed upsampling"
+    return variants(config, 64, "as it is", *names)
 
 
 def variants_of_modes(config: GpuConfig) -> dict:
     """See `variants`."""
-    names = ("as it is", "grad_scale", "CUDA graphs", *(() if config.toy else ("max-autotune",)))
-    return variants(config, *names)
+    names = "grad_scale", "CUDA graphs", *(() if config.toy else ("max-autotune",))
+    return variants(config, 64, "as it is", *names)
+
+
+def variants_at_32px(config: GpuConfig) -> dict:
+    """See `variants`; few pixels, for which a graph's single launch counts most."""
+    return variants(config, 32, "as it is", "not compiled", "CUDA graphs")
 
 
 def kernels(config: GpuConfig) -> dict:
@@ -320,20 +334,22 @@ class Part(NamedTuple):
     """Something to find out."""
 
     find_out: Callable[[GpuConfig], dict]  # returns "tables", lists of rows, and "facts"
-    seconds: int  # that it takes at most; a guess, until a GPU has run it
+    seconds: int  # that it takes at most; an upper guess, until a GPU has run it
 
 
+# What matters most comes first, for a GPU may be lent for half an hour only.
 PARTS = {
-    "tests": Part(tests, 180),
-    "curves": Part(curves, 420),
-    "resume": Part(resume, 300),
+    "tests": Part(tests, 150),
+    "curves": Part(curves, 360),
+    "speed": Part(speed_fp16, 360),
+    "resume": Part(resume, 240),
+    "full_size": Part(full_size, 240),
+    "kernels": Part(kernels, 150),
+    "speed_advised": Part(speed_advised, 360),
     "sampling": Part(sampling, 150),
-    "speed": Part(speed_fp16, 480),
-    "speed_advised": Part(speed_advised, 480),
-    "kernels": Part(kernels, 200),
-    "variants": Part(variants, 400),
+    "sample_speed": Part(sample_speed, 150),
+    "variants_of_layers": Part(variants_of_layers, 480),
+    "variants_at_32px": Part(variants_at_32px, 180),
     "variants_of_modes": Part(variants_of_modes, 480),
-    "sample_speed": Part(sample_speed, 240),
-    "ranks": Part(ranks, 240),
-    "full_size": Part(full_size, 300),
+    "ranks": Part(ranks, 180),
 }

@@ -1,15 +1,20 @@
 """benchmarks/gpu.py, the one command for a machine with a GPU: nothing is to be mended there."""
 
 import json
+import os
+import signal
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_script
+from conftest import needs_posix, run_script
 
 import cli
 import unet
 from benchmarks import gpu, gpu_parts, peers, sample_speed, train_speed, variants
+from benchmarks.common import read_tables
 from benchmarks.gpu_parts import PARTS, GpuConfig
 from errors import UsageError
 
@@ -56,9 +61,9 @@ def test_the_commands_of_the_benchmarks_are_understood(monkeypatch, toy):
     commands = []
     monkeypatch.setattr(gpu_parts, "measured", lambda *command: commands.append(command))
     config = GpuConfig(toy=toy, device="cpu")
-    parts = ("speed", "speed_advised", "sample_speed", "variants", "variants_of_modes")
-    for part in parts:
-        PARTS[part].find_out(config)
+    for name, part in PARTS.items():
+        if "speed" in name or "variants" in name:
+            part.find_out(config)
     for script, *flags in commands:
         if "train_speed" in script:
             asked = cli.parse(train_speed.TrainSpeedConfig, flags, "")
@@ -111,6 +116,31 @@ def test_a_variant_has_the_gradients_of_the_product(unchanged, name):
     assert torch.equal(found, expected) == (name == "transposed upsampling")
 
 
+def test_variants_that_fail_or_compute_something_else_are_left_out(monkeypatch, capsys):
+    class Worker(nullcontext):
+        def __init__(self, make, name, *rest):
+            super().__init__(self)
+            self.name = name
+
+        def __call__(self, method, *arguments):
+            if self.name == "CUDA graphs" and method == "evaluations":
+                raise RuntimeError("in the process:\nRuntimeError: overwritten")
+            answers = {"first": [1.0, 1.2 if self.name == "grad_scale" else 1.0], "memory": 1}
+            return {**answers, "saving": (2.0, 1.0)}.get(method, 0.5)
+
+    monkeypatch.setattr(variants, "Worker", Worker)
+    names = ("as it is", "CUDA graphs", "grad_scale", "not compiled")
+    config = variants.VariantsConfig(rounds=1, variants=names)
+    rows, saving = read_tables(variants.compare(config, torch.device("cpu")))
+    assert list(rows) == ["as it is", "not compiled"]
+    assert saving["checkpoint, every 1000 steps"]["a thread for the rest wins"] == "0.2%"
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "CUDA graphs is left out: RuntimeError: overwritten"
+    assert said[1].startswith("grad_scale is left out: it finds [1.0, 1.2]")
+    with pytest.raises(RuntimeError, match="overwritten"):
+        variants.compare(replace(config, variants=("CUDA graphs", "as it is")), torch.device("cpu"))
+
+
 def test_parts_that_are_left_go_on_and_faults_are_kept(folder, monkeypatch):
     clock, done = [0.0], []
 
@@ -134,6 +164,30 @@ def test_parts_that_are_left_go_on_and_faults_are_kept(folder, monkeypatch):
     page = (folder / "out" / "gpu.md").read_text()
     assert "FAILED: exit code 1" in page and "- good: yes" in page and "|  0.5 |" in page
     assert json.loads((folder / "out" / "gpu.json").read_text())["parts"]["b"]["failed"]
+
+
+def test_parts_and_their_sum_keep_to_the_times_that_the_documents_name():
+    seconds = [part.seconds for part in PARTS.values()]
+    assert max(seconds) < GpuConfig().minutes * 60 and sum(seconds) <= 3600
+
+
+def test_a_part_ends_with_the_command(folder, monkeypatch):
+    needs_posix()
+    started, wait = [], gpu.subprocess.Popen.wait
+
+    def stop(process, seconds=None):
+        if seconds is None:
+            return wait(process)
+        started.append(process)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(gpu.subprocess.Popen, "wait", stop)
+    monkeypatch.setattr("sys.argv", "gpu.py --toy --device cpu --out out --parts curves".split())
+    with pytest.raises(SystemExit, match="143"):
+        gpu.main()
+    signal.signal(signal.SIGTERM, before)
+    assert [process.returncode for process in started] == [-signal.SIGKILL]
 
 
 def test_a_part_that_hangs_is_ended(folder):
@@ -162,6 +216,7 @@ def test_the_whole_command_runs_at_toy_size(folder):
     words = "--toy --device cpu --out out --minutes 30".split()  # of a busy machine, too
     result = run_script("benchmarks/gpu.py", *words, timeout=1800)
     assert "all parts are done" in result.stdout, result.stdout + result.stderr
+    assert not list(Path("out/work").iterdir())
     parts = json.loads(Path("out/gpu.json").read_text())["parts"]
     assert list(parts) == list(PARTS) and not [part for part in parts.values() if part["failed"]]
     codes = [parts[name]["facts"]["exit codes after SIGTERM"] for name in ("ranks", "full_size")]
