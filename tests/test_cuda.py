@@ -31,6 +31,7 @@ from device import (
 )
 from diffusion import Diffusion
 from errors import ResourceError
+from generate import load_trained
 from safety import Watch
 from state import diffusion_arguments, make_state
 from train import loss_of, train_step
@@ -110,6 +111,13 @@ def test_a_gpu_that_torch_was_not_built_for_is_one_line_that_names_a_torch(gpu, 
         check_gpu(CUDA)
     assert fix in str(error.value) and "CUDA_VISIBLE_DEVICES" in str(error.value)
     check_gpu(CPU)
+
+
+@pytest.mark.parametrize("begin", [set_up_device, partial(load_trained, "a run")])
+def test_what_trains_and_what_generates_ask_for_kernels_first(gpu, begin):
+    gpu((7, 0))
+    with pytest.raises(ResourceError, match="has no kernels"):
+        begin(device=CUDA)
 
 
 @pytest.mark.parametrize(
