@@ -20,10 +20,6 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
-import threads  # noqa: F401  before torch, which reads what it sets
-
-# isort: split
-
 import hashlib
 import sys
 from dataclasses import asdict, dataclass, replace

@@ -17,10 +17,6 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
-import threads  # noqa: F401  before torch, which reads what it sets
-
-# isort: split
-
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence

@@ -19,10 +19,6 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
-import threads  # noqa: F401  before torch, which reads what it sets
-
-# isort: split
-
 import math
 import sys
 from contextlib import nullcontext
@@ -48,6 +44,7 @@ from run import prepare_network, rehearse, set_up
 from safety import StopSignals, Watch
 from settings import check_ranges, fixed, free, steered
 from terminal import Progress, say
+from threads import a_core_each
 from unet import check_shape
 from utils import (
     checkpoint_path,
@@ -244,7 +241,7 @@ def train(config: Config) -> Path:
         progress = Progress(state.step, total, images_per_step, show=is_main)
         log = RunLog(folder, state.step, state.history) if is_main else nullcontext()
         stop.deferred = True  # from here on a signal waits for the end of the step
-        with log, progress:
+        with log, progress, a_core_each(processes.device):
             while state.step < total:
                 # Take a step.
                 options = forward, dtype, rank, world_size

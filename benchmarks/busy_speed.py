@@ -1,11 +1,13 @@
 """How fast the demo trains on a CPU that is quiet, and on one where another process is busy.
 
     python benchmarks/busy_speed.py
-    python benchmarks/busy_speed.py --settings GOMP_SPINCOUNT=300000 GOMP_SPINCOUNT=3000
+    python benchmarks/busy_speed.py --settings "" GOMP_SPINCOUNT=300000 GOMP_SPINCOUNT=3000
 
-Each setting of the threads (variables of the environment, several joined by commas) has a process
-of its own, and all of them train in turn, round after round: first alone, then beside processes
-that this script starts and that only compute. Run it where nothing else does.
+The first row is train.py's, each thread on a core of its own (`threads.py`). The others are without
+that, by other settings of the threads (variables of the environment, several joined by commas; ""
+is the first row's). Each has a process of its own, and all of them train in turn, round after
+round: first alone, then beside processes that this script starts and that only compute. Run it
+where nothing else does.
 """
 
 import os
@@ -22,15 +24,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 import cli
-import threads
 from benchmarks.common import Worker, machine, measure, ratio
-from benchmarks.peers import Ours
+from benchmarks.peers import Ours, Row
 from errors import UsageError
 from settings import check_ranges, constant
 from terminal import table
 from train import DEMO, Config
 
 SPIN = "GOMP_SPINCOUNT="
+AS_TRAIN = ""  # as train.py has it
 AS_IT_COMES = SPIN + "300000"  # what the library takes where nothing is said
 VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_PROC_BIND", "OMP_NUM_THREADS")
 
@@ -40,14 +42,12 @@ class BusySpeedConfig:
     """Which settings, and beside what."""
 
     settings: tuple[str, ...] = (  # variables of the environment; the first is compared with
+        AS_TRAIN,
         AS_IT_COMES,
-        SPIN + "100000",
         SPIN + "30000",
-        SPIN + threads.SPINS,
-        SPIN + "3000",
         SPIN + "1000",
         "OMP_WAIT_POLICY=PASSIVE",
-        "OMP_PROC_BIND=true," + AS_IT_COMES,
+        "OMP_PROC_BIND=true",
     )
     processes: int = constant(1, least=1)  # that are busy
     rounds: int = constant(3, least=1)  # turns that every setting has
@@ -55,9 +55,15 @@ class BusySpeedConfig:
     img_size: int = constant(DEMO["img_size"], least=8)  # pixels of a side
 
 
+class Free(Ours):
+    """As train.py's step, but the threads go where the system puts them."""
+
+    time = Row.time
+
+
 def start(config: BusySpeedConfig, setting: str) -> Worker:
     """A process that trains the demo under this setting, on random images."""
-    variables = dict(part.partition("=")[::2] for part in setting.split(","))
+    variables = dict(part.partition("=")[::2] for part in setting.split(",") if part)
     if not set(variables) <= set(VARIABLES):
         fix = f"give such as {AS_IT_COMES}; the variables are {', '.join(VARIABLES)}"
         raise UsageError("--settings", f"{setting!r} cannot be read", fix)
@@ -66,7 +72,7 @@ def start(config: BusySpeedConfig, setting: str) -> Worker:
     try:
         os.environ.update(kept | variables)
         demo = Config(**DEMO | {"img_size": config.img_size})
-        return Worker(Ours, demo, torch.device("cpu"))
+        return Worker(Free if setting else Ours, demo, torch.device("cpu"))
     finally:
         for name, value in before.items():
             os.environ.pop(name, None)
@@ -91,7 +97,9 @@ def compare(config: BusySpeedConfig) -> str:
     for name in config.settings:
         speeds = [median(DEMO["batch_size"] / s for s in turns[name]) for turns in (quiet, busy)]
         of_first = ratio(quiet[first], quiet[name])
-        rows.append([name, f"{speeds[0]:.1f}", f"{of_first:.1%}", f"{speeds[1]:.1f}"])
+        rows.append(
+            [name or "train.py's", f"{speeds[0]:.1f}", f"{of_first:.1%}", f"{speeds[1]:.1f}"]
+        )
     beside = f"beside {config.processes} busy"
     return table(["images/s", "quiet", "of the first row", beside], rows)
 

@@ -21,6 +21,7 @@ from diffusion import Diffusion
 from errors import UsageError
 from safety import Watch
 from state import diffusion_arguments, make_state, unet_arguments
+from threads import a_core_each
 from train import Config, check_config, train_step
 from unet import UNet, default_channel_mults
 
@@ -119,6 +120,10 @@ class Ours(Row):
         if config.compile and device.type == "cuda":
             self.network.compile()
         self.watch = Watch(device, patience=20)
+
+    def time(self, steps: int) -> float:
+        with a_core_each(self.device):
+            return super().time(steps)
 
     def step(self) -> None:
         self.step_on(self.batches)

@@ -19,13 +19,13 @@ import files
 import sample
 import threads
 import train as train_module
-from benchmarks.busy_speed import VARIABLES
 from device import autocast_dtype, find_device, precision_note
 from errors import UsageError
 from train import train
 
 CODE = [*ROOT.glob("*.py"), *ROOT.glob("benchmarks/*.py")]
 CODE = [path for path in CODE if not path.stem.startswith("gpu")]  # for a GPU's machine, Linux
+CPU = torch.device("cpu")
 POSIX_MODULES = "fcntl|grp|posix|pwd|resource|termios|tty"
 POSIX_CALLS = r"os\.(fork|kill\w*|getloadavg|uname|mkfifo|chown|geteuid|sched_\w+|wait\w*)\("
 POSIX_SIGNALS = r"signal\.SIG(?!INT\b|TERM\b|_)"
@@ -127,27 +127,65 @@ def test_tests_that_need_posix_say_so(path):
 # Threads -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "script, given",
-    [
-        ("train", {}),
-        ("sample", {}),
-        ("evaluate", {}),
-        ("convert", {}),
-        ("train", {"GOMP_SPINCOUNT": "7"}),
-        ("train", {"OMP_WAIT_POLICY": "ACTIVE"}),
-    ],
-)
-def test_threads_are_told_how_to_wait_before_torch_loads_them(script, given):
-    code = "import sys, os\nclass Finder:\n    def find_spec(self, name, *_):\n"
-    code += "        if name == 'torch':\n            print(os.environ.get('GOMP_SPINCOUNT'))\n"
-    code += "            sys.stdout.flush(); os._exit(0)\nsys.meta_path.insert(0, Finder())\n"
-    code += f"sys.path.insert(0, {str(ROOT)!r}); import {script}\n"
-    mine = {name: value for name, value in os.environ.items() if name not in VARIABLES} | given
-    run = [sys.executable, "-c", code]
-    result = subprocess.run(run, env=mine, capture_output=True, text=True, timeout=120)
-    expected = {} if given else {"GOMP_SPINCOUNT": threads.SPINS}
-    assert result.stdout.strip() == str((given | expected).get("GOMP_SPINCOUNT")), result.stderr
+PLACED = """
+import os, sys
+import torch
+import threads
+
+def masks():
+    return [os.sched_getaffinity(int(thread)) for thread in os.listdir("/proc/self/task")]
+
+every = os.sched_getaffinity(0)
+cores = [{min(every)}, {max(every)}]
+threads.physical_cores = lambda: cores
+torch.ones(1 << 20).add_(1)
+with threads.a_core_each(torch.device("cpu")):
+    assert os.sched_getaffinity(0) == cores[0], masks()
+    assert cores[1] in masks(), masks()
+assert os.sched_getaffinity(0) == cores[0] | cores[1], masks()
+assert cores[1] not in masks() or len(every) == 1, masks()
+"""
+
+
+@pytest.mark.skipif(not threads.get_cores, reason="needs Linux")
+def test_each_thread_of_a_training_has_a_core_of_its_own_while_it_lasts():
+    """In a process of its own: what was forked from one that has threads could not start any."""
+    run = dict(cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "2"}, timeout=120)
+    result = subprocess.run([sys.executable, "-c", PLACED], capture_output=True, text=True, **run)
+    assert result.returncode == 0, result.stderr
+
+
+def test_threads_are_left_alone_where_they_are_not_as_many_as_cores(monkeypatch):
+    monkeypatch.setattr(threads, "place", lambda cores: pytest.fail(f"placed on {cores}"))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    for some in ([], [{0}], [{0}, {1}, {2}]):
+        monkeypatch.setattr(threads, "physical_cores", lambda some=some: some)
+        with threads.a_core_each(CPU):
+            pass
+    monkeypatch.setattr(threads, "physical_cores", lambda: [{0}, {1}])
+    with threads.a_core_each(torch.device("cuda")):
+        pass
+    with pytest.raises(pytest.fail.Exception, match="placed"), threads.a_core_each(CPU):
+        pass
+
+
+def test_cores_that_run_two_threads_at_once_count_once(monkeypatch):
+    siblings = {0: "0,2", 1: "1,3", 2: "0,2", 3: "1,3", 4: "4-5", 5: "4-5"}
+    monkeypatch.setattr(threads, "get_cores", lambda _: {0, 1, 2, 3, 4})
+    number = lambda path: int(re.search(r"cpu(\d+)/", path.as_posix())[1])  # noqa: E731
+    monkeypatch.setattr(Path, "read_text", lambda path, **_: siblings[number(path)] + "\n")
+    assert threads.physical_cores() == [{0, 2}, {1, 3}, {4}]
+    monkeypatch.setattr(Path, "read_text", lambda path, **_: open("/nowhere"))
+    assert threads.physical_cores() == [{0}, {1}, {2}, {3}, {4}]
+    monkeypatch.setattr(threads, "get_cores", None)
+    assert threads.physical_cores() == []
+
+
+def test_a_training_takes_a_core_for_each_thread(here, monkeypatch):
+    asked, taken = [], threads.a_core_each
+    monkeypatch.setattr(train_module, "a_core_each", lambda at: asked.append(at) or taken(at))
+    train(tiny(num_training_steps=1))
+    assert asked == [CPU]
 
 
 # The device --------------------------------------------------------------------------------------
