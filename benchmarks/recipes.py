@@ -100,7 +100,7 @@ def run(wish: Recipes, recipe: str, seed: int, features: Features, reference: np
     trained = load_trained(folder)
     for evaluations in wish.evaluations:
         parts = generate(trained, range(wish.num_images), steps=evaluations)
-        pixels = torch.cat([to_uint8(part) for part in parts]).permute(0, 2, 3, 1).numpy()
+        pixels = torch.cat([to_uint8(part) for part in parts]).numpy()
         result["distances"][str(evaluations)] = distance(reference, features.of(pixels))
     return result
 

@@ -101,7 +101,10 @@ def test_data_speed_has_its_rows_and_columns(tmp_path, monkeypatch):
 def short_run(here):
     """A run that quality.py can compare with, and a user's features."""
     (here / "mine.py").write_text(
-        "def load():\n    return lambda x: x.float().unfold(2, 4, 4).mean(4).flatten(1)[:, ::3]\n"
+        "def load():\n    return of\n\n"
+        "def of(x):\n"
+        "    assert x.shape[1:] == (3, 8, 8), x.shape\n"
+        "    return x.float().unfold(2, 4, 4).mean(4).flatten(1)[:, ::3]\n"
     )
     train(Config(**{**TINY, "channels": 64, "num_training_steps": 2}))
     return here
