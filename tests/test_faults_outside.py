@@ -218,6 +218,7 @@ def test_signals_that_announce_an_end_save_and_stop_however_often_they_come(
     before_step(monkeypatch, 2, lambda: [os.kill(os.getpid(), number) for number in numbers])
     pid = os.fork()
     if pid == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is, and stays, ignored
         try:
             train(tiny(save_every=100))
         except Interrupted as stop:
