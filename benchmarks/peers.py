@@ -155,8 +155,9 @@ class Ours(Row):
     def time_constant(self, steps: int) -> float:
         """As `time`, on one batch that lies ready."""
         batch = self.batches(0)
-        self.step_on(lambda index: batch)
-        seconds = seconds_of(lambda: self.step_on(lambda index: batch), self.device, steps)
+        with a_core_each(self.device):
+            self.step_on(lambda index: batch)
+            seconds = seconds_of(lambda: self.step_on(lambda index: batch), self.device, steps)
         empty_cache(self.device)
         return seconds
 
