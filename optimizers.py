@@ -38,11 +38,12 @@ def orthogonal(matrices: Sequence[Tensor], dtype: torch.dtype = torch.float32) -
         for rows in {len(x) for x in wide}:
             places = [i for i, x in enumerate(wide) if len(x) == rows]
             gram = torch.stack([wide[i] @ wide[i].T for i in places])  # (matrices, rows, rows)
+            product = None
             for step in range(5):
                 q = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
                 q.diagonal(dim1=1, dim2=2).add_(a)
                 product = q @ product if step else q
-                gram = q @ gram @ q if step < 4 else None
+                gram = q @ gram @ q if step < 4 else gram
             products |= zip(places, product, strict=True)
         wide = [products[i] @ x for i, x in enumerate(wide)]
     else:
