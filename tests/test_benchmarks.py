@@ -106,7 +106,7 @@ def short_run(here):
         "    assert x.shape[1:] == (3, 8, 8), x.shape\n"
         "    return x.float().unfold(2, 4, 4).mean(4).flatten(1)[:, ::3]\n"
     )
-    train(Config(**{**TINY, "channels": 64, "num_training_steps": 2}))
+    train(Config(**{**TINY, "num_training_steps": 2}))
     return here
 
 
@@ -124,7 +124,7 @@ def test_quality_trains_each_peer_for_the_minutes_and_measures_all(short_run):
         *CPU,
     ]
     config += ["--steps", "3", "--num_images", "4", "--batch_size", "3", "--samplers", "dpm++:2"]
-    config += ["--features", "mine:load", "--peers", *PEERS]
+    config += ["--features", "mine:load", "--peers", *PEERS, "--peer_channels", "64"]
     text = run("quality", *config)
     samplers, copied = read_tables(text)
     floor = "real faces (the floor)"
@@ -135,6 +135,8 @@ def test_quality_trains_each_peer_for_the_minutes_and_measures_all(short_run):
         (folder,) = Path("quality").glob(f"{name}_0.02_minutes_*")
         state = load_checkpoint(folder / "state.pt")
         assert state["step"] > 1 and 1.2 <= state["seconds"] < 10
+        # The run itself has 8 channels, the peers are as wide as was asked.
+        assert f"{name}: 0.0" not in text and f"{name}: " in text
         assert len(list((folder / "generated_3").iterdir())) == 2
     assert Image.open("quality/samplers.png").size[0] > 4 * 10
 
@@ -185,7 +187,7 @@ def test_recipes_are_trained_for_the_flops_and_measured_for_each_seed(short_run)
     assert flops > recipes.update_flops(recipes.read_recipe(f"{TINY_RECIPE} optimizer=adamw"))
     config = ["--recipes", muon, f"{muon} learning_rate=0.01", "--teraflops", str(flops * 3e-12)]
     config += ["--path_to_data", "pictures", "--features", "mine:load", "--num_images", "20"]
-    text = run("recipes", *config, "--evaluations", "2", "3")
+    text = run("recipes", *config, "--steps", "2", "3")
     lines = [line for line in text.splitlines() if "channels=8" in line and line.startswith("|")]
     assert len(lines) == 4  # two recipes, two seeds
     distances = {tuple(line.split("|")[-3:-1]) for line in lines}
