@@ -69,7 +69,7 @@ def to_diffusers(config: ConvertConfig, out: Path) -> None:
     condition = None
     if config.condition:
         condition = read_condition(SampleConfig(condition=config.condition), trained)
-        kept |= {"attributes": (), "condition": config.condition}
+        kept |= {"attributes": (), "usual_attributes": (), "condition": config.condition}
     run = {"step": trained.step, "settings": kept}
     try:
         write_folder(out, trained.model, saved["diffusion"], run, condition, config.half)

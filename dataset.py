@@ -47,6 +47,11 @@ class Faces:
         attributes. The same wherever the images lie."""
         return self._fingerprint("checksum of all", self.checksum.to_bytes(4, "big"))
 
+    def usual_attributes(self, count: int = 500) -> list[str]:
+        """The attributes of some faces that are trained on, a text of + (has it) and - for each."""
+        some = self.train[np.linspace(0, len(self.train) - 1, count).astype(int)]
+        return ["".join("+" if value > 0 else "-" for value in self.attributes[i]) for i in some]
+
     def matches(self, fingerprint: str) -> bool:
         """Whether this is the fingerprint of these faces. Older ones were of 64 images only."""
         some = self.images[np.linspace(0, len(self.images) - 1, 64).astype(int)]

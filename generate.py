@@ -5,6 +5,7 @@ images = torch.cat(list(generate(trained, range(64))))      # (64, 3, H, W) in [
 """
 
 import hashlib
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -56,6 +57,13 @@ class Trained:
         """The attributes that it has learned; none for an unconditional network."""
         return tuple(self.settings["attributes"])
 
+    @property
+    def usual_attributes(self) -> Tensor:
+        """(M, K), 1 or -1: those of some of the faces that it was trained on; of older checkpoints,
+        which do not tell, one row of 0, not said."""
+        rows = self.settings.get("usual_attributes") or ["0" * len(self.attribute_names)]
+        return torch.tensor([["-0+".index(sign) - 1.0 for sign in row] for row in rows])
+
     def __call__(self, x_t: Tensor, t: Tensor, attributes: Tensor | None = None) -> Tensor:
         """The network's output, computed in `dtype`."""
         with torch.autocast(self.diffusion.device.type, self.dtype, self.dtype is not None):
@@ -85,6 +93,9 @@ def load_trained(
         settings["image_channels"] = model.image_channels
         if saved["unet"].get("num_attributes", 0) != len(settings["attributes"]):
             raise ValueError("settings and network have other attributes")
+        rows = settings.get("usual_attributes", [])
+        if not all(re.fullmatch(f"[-+]{{{len(settings['attributes'])}}}", row) for row in rows):
+            raise ValueError("settings and their usual_attributes do not fit")
         if settings["img_size"] != model.img_size:
             raise ValueError("settings and network have another img_size")
     model = model.eval().requires_grad_(False).to(device)
@@ -160,6 +171,13 @@ def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:
             module.to(dtype)
 
 
+def draw_attributes(trained: Trained, numbers: Sequence[int], seed: int = 0) -> Tensor:
+    """The attributes of faces that the network was trained on, one drawn for the image of each
+    number by (seed, number): (N, K)."""
+    rows = trained.usual_attributes
+    return rows[[int(np.random.default_rng((seed, i, 1)).integers(len(rows))) for i in numbers]]
+
+
 def sample_loop(
     trained: Trained,
     numbers: Sequence[int],
@@ -169,9 +187,12 @@ def sample_loop(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """`Diffusion.sample_loop` for the images of these numbers: yields (x_t, x_0_pred).
 
-    Image i depends on (seed, i) alone. attributes: (N, K), or (1, K) for all. Raises
-    CheckpointError where the network leaves the finite numbers."""
+    Image i depends on (seed, i) alone. attributes: (N, K), or (1, K) for all; where nothing is said
+    an image from noise alone gets those of a training face. Raises CheckpointError where the
+    network leaves the finite numbers."""
     device = trained.diffusion.device
+    if attributes is None and trained.attribute_names and not options.keys() & {"image", "x_T"}:
+        attributes = draw_attributes(trained, numbers, seed)
     if attributes is not None:
         attributes = attributes.to(device).expand(len(numbers), -1)
     for name in options.keys() & {"image", "mask"}:

@@ -113,7 +113,8 @@ def set_up(config, processes: Processes) -> Run:
     networks = {"unet": unet_arguments(config, base), "diffusion": diffusion_arguments(config)}
     split = {"world_size": processes.world_size}
     split["micro_batches"] = config.gradient_accumulation_steps * processes.world_size
-    about = {"settings": asdict(config) | facts | split, **networks}
+    usual = {"usual_attributes": faces.usual_attributes()} if config.attributes else {}
+    about = {"settings": asdict(config) | facts | split | usual, **networks}
     if found:
         with reading(found[0], "resume from another checkpoint"):
             was = found[1]["settings"]

@@ -56,7 +56,7 @@ class SampleConfig:
     eta: float = constant(0.0, least=0, most=1)  # noise added on the way: 1 as much as ddpm
     seed: int = constant(0, least=0)  # image i depends on (seed, i) alone
     batch_size: int = constant(64, least=1)  # images generated at a time
-    condition: tuple[str, ...] = ()  # attributes asked for: Smiling=1 Male=-1 (Smiling alone: =1)
+    condition: tuple[str, ...] = ()  # attributes: Smiling Male=-1; none: those of training faces
     guidance: float = constant(1.0, least=0)  # how strongly: 1 as learned, 2 to 4 more so
     sheet: bool = False  # a row for each attribute on and off, num_images columns of the same noise
     image: str = ""  # an image of yours, to repair or to vary
@@ -192,8 +192,8 @@ def check_out(out: Path) -> None:
 
 
 def read_condition(config: SampleConfig, trained: Trained) -> Tensor | None:
-    """The attributes that --condition asks for, (1, K) of 1, -1 and 0, or None of an unconditional
-    network. Raises UsageError for what the network has not learned."""
+    """The attributes that --condition asks for, (1, K) of 1, -1 and 0, or None where it asks for
+    none. Raises UsageError for what the network has not learned."""
     condition = parse_attributes(config.condition, "--condition")
     names = trained.attribute_names
     for flag, given in (("--condition", condition), ("--sheet", config.sheet)):
@@ -206,7 +206,7 @@ def read_condition(config: SampleConfig, trained: Trained) -> Tensor | None:
         raise UsageError("--condition", what, f"choose of {', '.join(names)}")
     if config.guidance != 1 and not any(condition.values()) and not config.sheet:
         raise UsageError("--guidance", "nothing is asked for", "add --condition, or --sheet")
-    if not names:
+    if not condition:
         return None
     return torch.tensor([[float(condition.get(name, 0)) for name in names]])
 

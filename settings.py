@@ -5,7 +5,7 @@
         seed: int = fixed(0, least=0)             # of everything random
         learning_rate: float = steered(2e-4, above=0)  # of AdamW, at its highest
         save_every: int = free(5000, least=1)     # steps between two checkpoints
-        ema_warmup: bool = fixed(True, before=False)  # a constant that older checkpoints lack
+        ema_warmup: bool = fixed(True, before=False)  # older checkpoints lack it: False there
 
 The trailing comment is the flag's --help text and its line in docs/constants.md.
 """
@@ -42,22 +42,23 @@ def constant(default: Any, **about: Any) -> Any:
     return field(default=default, metadata=about)
 
 
-def free(default: Any, **limits: float) -> Any:
-    """A constant that a resumed run may change: it says how a run goes on, not what it computes."""
-    return constant(default, resume="free", **limits)
+def free(default: Any, **about: Any) -> Any:
+    """A constant that a resumed run may change: it says how a run goes on, not what it computes.
+
+    about, here and below: its range, as for `constant`; and `before`, what it is for a run that
+    began when the constant did not exist or had another default, where that is not the default of
+    today. The networks' constructors must have it as their default."""
+    return constant(default, resume="free", **about)
 
 
-def steered(default: Any, **limits: float) -> Any:
+def steered(default: Any, **about: Any) -> Any:
     """A constant by which a run may be steered when it is resumed: after it has diverged, say. From
     that step on it is another run than it was, which a note says."""
-    return constant(default, resume="steered", **limits)
+    return constant(default, resume="steered", **about)
 
 
 def fixed(default: Any, **about: Any) -> Any:
-    """A constant that a resumed run keeps: another value would make it another run.
-
-    before: what a checkpoint means that was written when the constant did not exist, where that is
-    not the default. The networks' constructors must have it as their default."""
+    """A constant that a resumed run keeps: another value would make it another run."""
     return constant(default, resume="fixed", **about)
 
 
@@ -113,14 +114,14 @@ def _range(about: Field) -> str:
 
 def fill(config: Any, saved: dict) -> tuple[Any, dict[str, Any]]:
     """The config with which a checkpoint's run goes on, where the run is older than some of the
-    fixed constants: each of those that is left at its default stays what it was before it existed.
+    constants or their defaults: each of those that is left at its default stays what it was.
 
     saved: the checkpoint's settings. Returns the config, and what was filled in."""
     filled = {}
     for about in fields(config):
         untouched = getattr(config, about.name) == about.default
         was = saved.get(about.name, before(about))
-        if _is_fixed(about) and untouched and was == before(about) != about.default:
+        if untouched and was == before(about) != about.default:
             filled[about.name] = was
     return replace(config, **filled), filled
 

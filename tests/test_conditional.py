@@ -8,9 +8,10 @@ from PIL import Image
 
 import dataset
 import sources
+from convert import ConvertConfig, convert
 from dataset import drop_attributes, load_faces
-from errors import UsageError
-from generate import load_trained, sheet_rows
+from errors import CheckpointError, UsageError
+from generate import draw_attributes, generate, load_trained, sheet_rows
 from sample import SampleConfig, sample
 from samplers import SAMPLERS
 from train import Config, check_config, train
@@ -21,6 +22,7 @@ ASKED = ("Smiling", "Eyeglasses")
 
 def conditional(**changes) -> Config:
     usual = dict(path_to_data="synthetic", attributes=ASKED, batch_size=8, prediction="v")
+    usual |= dict(norm_groups=4)  # that diffusers can express
     return tiny(**{**usual, **changes})
 
 
@@ -93,14 +95,46 @@ def saved_grid(**options):
 
 
 def test_what_is_asked_for_changes_the_images(run):
-    anything = saved_grid()
+    anything = saved_grid(condition=("Smiling=0",))
     smiling, not_smiling = saved_grid(condition=("Smiling",)), saved_grid(condition=("Smiling=-1",))
     assert not np.array_equal(anything, smiling) and not np.array_equal(smiling, not_smiling)
     assert np.array_equal(smiling, saved_grid(condition=("Smiling=1",)))
-    assert np.array_equal(anything, saved_grid(condition=("Smiling=0",)))
     assert not np.array_equal(smiling, saved_grid(condition=("Smiling",), guidance=3.0))
     both = saved_grid(condition=("Smiling", "Eyeglasses=-1"))
     assert not np.array_equal(smiling, both)
+
+
+def test_where_nothing_is_asked_an_image_gets_the_attributes_of_a_training_face(run):
+    trained, faces = load_trained(run), load_faces("synthetic", 8, attributes=ASKED)
+    kinds = {tuple(row) for row in faces.attributes[faces.train].tolist()}
+    assert {tuple(row) for row in trained.usual_attributes.tolist()} == kinds and len(kinds) == 4
+    drawn = draw_attributes(trained, range(400), seed=3)
+    share, wanted = (drawn > 0).float().mean(0), faces.attributes[faces.train] > 0
+    assert np.abs(share.numpy() - wanted.mean(0)).max() < 0.08
+    assert torch.equal(draw_attributes(trained, range(5, 9), seed=3), drawn[5:9])
+    assert not torch.equal(draw_attributes(trained, range(400), seed=4), drawn)
+    asked = torch.cat(list(generate(trained, range(6), 3, steps=2, attributes=drawn[:6])))
+    usual = torch.cat(list(generate(trained, range(6), 3, steps=2, batch_size=4)))
+    assert (asked - usual).abs().max() < 1e-5
+    assert not np.array_equal(saved_grid(), saved_grid(condition=("Smiling=0",)))
+
+
+def test_they_travel_to_diffusers_and_are_not_asked_of_older_checkpoints(run):
+    wanted = load_trained(run).usual_attributes
+    convert(ConvertConfig(to_diffusers=str(run), out="folder"))
+    assert torch.equal(load_trained("folder").usual_attributes, wanted)
+    convert(ConvertConfig(to_diffusers=str(run), condition=("Smiling",), out="smiling"))
+    assert not load_trained("smiling").attribute_names
+
+    state = final()
+    state["settings"]["usual_attributes"] = ["++", "+"]
+    save_checkpoint(checkpoint_path(run, 6), state)
+    with pytest.raises(CheckpointError, match="usual_attributes"):
+        load_trained(run)
+    del state["settings"]["usual_attributes"]
+    save_checkpoint(checkpoint_path(run, 6), state)
+    assert torch.equal(load_trained(run).usual_attributes, torch.zeros(1, 2))
+    assert np.array_equal(saved_grid(), saved_grid(condition=("Smiling=0",)))
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
