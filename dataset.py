@@ -138,8 +138,8 @@ def _check_names(source: Source, only: Iterable[str], attributes: Sequence[str])
     for flag, names in (("--only", only), ("--attributes", attributes)):
         for name in names:
             if source.attributes is None:
-                fix = "put list_attr_celeba.txt or .csv beside CelebA's images"
-                fix += f", or give --path_to_data {' or '.join(SOURCES)}"
+                fix = f"pass {flag} without names, put list_attr_celeba.txt or .csv beside CelebA's"
+                fix += f" images, or give --path_to_data {' or '.join(SOURCES)}"
                 raise DataError(source.where, "has no attributes", fix)
             if name not in source.attribute_names:
                 fix = f"choose of {', '.join(source.attribute_names)}"

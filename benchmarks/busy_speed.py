@@ -71,7 +71,7 @@ def start(config: BusySpeedConfig, setting: str) -> Worker:
     kept = {name: value for name, value in before.items() if name == "OMP_NUM_THREADS" and value}
     try:
         os.environ.update(kept | variables)
-        demo = Config(**DEMO | {"img_size": config.img_size})
+        demo = Config(**DEMO | dict(img_size=config.img_size, attributes=()))
         return Worker(Free if setting else Ours, demo, torch.device("cpu"))
     finally:
         for name, value in before.items():

@@ -178,7 +178,9 @@ def make_calls(
 
 def measure_step(config: DataSpeedConfig, device: torch.device) -> float:
     """Milliseconds of a training step of the demo's network."""
-    config = replace(Config(**DEMO), img_size=config.img_size, batch_size=config.batch_size)
+    config = replace(
+        Config(**DEMO), img_size=config.img_size, batch_size=config.batch_size, attributes=()
+    )
     with Worker(Ours, config, device) as worker:
         return worker("time_constant", 2) * 1e3
 

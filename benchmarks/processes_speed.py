@@ -96,7 +96,7 @@ def compare(config: ProcessesSpeedConfig) -> str:
     check_ranges(config)
     count = config.processes
     images = max(1, config.batch_size // count) * count
-    of_demo = Config(**DEMO | dict(img_size=config.img_size))
+    of_demo = Config(**DEMO | dict(img_size=config.img_size, attributes=()))
     with ExitStack() as stack:
         with patch.dict(os.environ, OMP_NUM_THREADS=str(count)):
             one = stack.enter_context(Worker(Ours, replace(of_demo, batch_size=images), CPU))

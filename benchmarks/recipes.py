@@ -64,7 +64,7 @@ def read_recipe(text: str) -> Config:
         if not (name and equals):
             fix = "write name=value, as in learning_rate=2e-3 channel_mults=1,2,4"
             raise UsageError("--recipes", f"{change!r} is not of the form name=value", fix)
-        flags += [f"--{name}", *value.split(",")]
+        flags += [f"--{name}", *filter(None, value.split(","))]
     return cli.parse(Config, flags, "A recipe.", replace(Config(), **DEMO))
 
 

@@ -14,12 +14,15 @@ from conftest import TINY, assert_error, run_script, tensors_equal
 from PIL import Image
 from torch import nn
 
+import sources
 from benchmarks import conditional_accuracy, data_speed, quality, recipes, sample_speed, train_speed
 from benchmarks.common import Worker, measure, ratio, read_tables
 from benchmarks.peers import diffusers_network, forward_flops, make_config
 from dataset import Batches, load_faces
 from device import autocast_dtype
 from errors import UsageError
+from generate import generate
+from metrics import Features
 from terminal import table
 from train import Config, train
 from utils import list_checkpoints, load_checkpoint
@@ -177,7 +180,7 @@ def test_quality_refuses_what_cannot_be(here, flag, value):
 
 TINY_RECIPE = (
     "img_size=8 channels=8 channel_mults=1,2 head_dim=8 norm_groups=4 attn_resolutions=4 "
-    "batch_size=4 num_samples=2 mixed_precision=no"
+    "batch_size=4 num_samples=2 mixed_precision=no attributes="
 )
 
 
@@ -187,15 +190,33 @@ def test_recipes_are_trained_for_the_flops_and_measured_for_each_seed(short_run)
     assert flops > recipes.update_flops(recipes.read_recipe(f"{TINY_RECIPE} optimizer=adamw"))
     config = ["--recipes", muon, f"{muon} learning_rate=0.01", "--teraflops", str(flops * 3e-12)]
     config += ["--path_to_data", "pictures", "--features", "mine:load", "--num_images", "20"]
-    text = run("recipes", *config, "--steps", "2", "3")
+    text = run("recipes", *config, "--steps", "2", "3", "--autoguidance", "1", "2")
     lines = [line for line in text.splitlines() if "channels=8" in line and line.startswith("|")]
     assert len(lines) == 4  # two recipes, two seeds
-    distances = {tuple(line.split("|")[-3:-1]) for line in lines}
-    assert len(distances) == 4
-    for first, second in distances:
-        assert float(first.split("±")[0]) > 0 and float(second.split("±")[1]) > 0
+    assert "distance, 3 steps, guided at 2" in text
+    distances = [cell.split("±") for line in lines for cell in line.split("|")[-5:-1]]
+    assert len({value for value, _ in distances}) == 16
+    assert all(float(value) > 0 and float(error) > 0 for value, error in distances)
     for folder in Path("recipes").glob("*TF*"):
         assert list_checkpoints(folder)[0].stem == "step_00000003"
+
+
+def test_a_recipe_with_attributes_is_asked_for_those_of_training_faces(here, monkeypatch):
+    monkeypatch.setattr(sources, "NUM_SYNTHETIC", 60)
+    wish = recipes.Recipes(teraflops=1e-9, path_to_data="synthetic", num_images=8, steps=(2,))
+    asked = []
+
+    def noted(*arguments, attributes, **options):
+        asked.append(attributes)
+        return generate(*arguments, attributes=attributes, **options)
+
+    monkeypatch.setattr(recipes, "generate", noted)
+    features = Features("mean colour", lambda x: x.float().mean((2, 3)))
+    recipe = TINY_RECIPE.replace("attributes=", "attributes=Smiling,Male")
+    assert recipes.run(wish, recipe, 0, features)["distances"].keys() == {"2 steps"}
+    faces = load_faces("synthetic", 8, attributes=("Smiling", "Male"))
+    kinds = {tuple(row) for row in faces.attributes[faces.train].tolist()}
+    assert asked[0].shape == (8, 2) and {tuple(row) for row in asked[0].tolist()} <= kinds
 
 
 def test_the_error_of_a_distance_is_as_large_as_it_varies():
