@@ -96,6 +96,7 @@ def test_dpm_solver_equals_diffusers(schedule, steps):
         beta_schedule=THEIRS[schedule],
         algorithm_type="dpmsolver++",
         solver_order=2,
+        solver_type="heun",
         final_sigmas_type="zero",
         lower_order_final=False,
         euler_at_final=True,
