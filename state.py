@@ -108,15 +108,15 @@ def open_run(folder: Path, resume: bool) -> tuple[Path, dict] | None:
 
 
 def fill_config(config, path: Path, saved: dict):
-    """`config` for going on from a checkpoint: a constant that did not exist when its run began is
-    what it was before it existed. Raises CheckpointError where the settings are missing."""
+    """`config` for going on from a checkpoint: a constant that did not exist when its run began, or
+    had another default, is what it was. Raises CheckpointError where the settings are missing."""
     for key in ("settings", "unet", "diffusion"):
         if key not in saved:
             raise CheckpointError(path, f"lacks {key!r}", "resume from another checkpoint")
     config, filled = settings.fill(config, saved["settings"])
     if filled:
         text = ", ".join(f"{name} is {value}" for name, value in filled.items())
-        say(f"note: {path} is of a run older than some constants: {text}, as it was")
+        say(f"note: {text}, as in {path}: the defaults have changed since")
     return config
 
 
