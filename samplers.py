@@ -130,8 +130,8 @@ def dpm_solver(
     spaced in log sigma.
 
     From each level on x_0 is taken for the straight line in log sigma through the last two
-    predictions, and dy / dlog(sigma) = y - x_0 is solved exactly: solver_type="heun" in diffusers.
-    In few, wide moves that is better than to take x_0 for constant, as in the middle of the move."""
+    predictions, and dy / dlog(sigma) = y - x_0 is solved exactly (diffusers: solver_type="heun"):
+    in few, wide moves better than a constant x_0, the one in the middle of the move."""
     y, x_0_before = x / math.sqrt(levels[0].alpha_bar), None
     for here, there in pairwise(levels):
         x_t = y * math.sqrt(here.alpha_bar)
