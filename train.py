@@ -79,14 +79,14 @@ class Config:
     # The diffusion
     num_timesteps: int = fixed(1000, least=2)  # T, the steps of the forward process
     noise_schedule: Literal[*NOISE_SCHEDULES] = fixed("cosine")  # how the noise grows with t
-    prediction: Literal[*PREDICTIONS] = fixed("eps")  # what the network's output is; v: short runs
+    prediction: Literal[*PREDICTIONS] = fixed("v", before="eps")  # what the network's output is
     # The training
-    num_training_steps: int = free(500_000, least=1)  # optimiser updates in the whole run
+    num_training_steps: int = free(250_000, before=500_000, least=1)  # optimiser updates
     batch_size: int = fixed(128, least=1)  # images in a forward pass on each device
     gradient_accumulation_steps: int = free(1, least=1)  # passes in an update, by each process
     optimizer: Literal[*OPTIMIZERS] = fixed("adamw")  # muon: much sooner there, in short runs
     learning_rate: float = steered(2e-4, above=0)  # at its highest; muon takes ten times adamw's
-    lr_schedule: Literal["constant", "cosine"] = steered("constant")  # after warm-up; cosine: to 0
+    lr_schedule: Literal["constant", "cosine"] = steered("cosine", before="constant")  # to 0
     warmup_steps: int = steered(5000, least=0)  # updates over which the learning rate rises from 0
     max_grad_norm: float = steered(1.0, above=0)  # length to which longer gradients are clipped
     ema_decay: float = fixed(0.9999, least=0, below=1)  # of the averaged weights, used to generate
@@ -121,12 +121,10 @@ DEMO = dict(
     attn_resolutions=(8,),
     dropout=0.0,
     norm_groups=16,
-    prediction="v",
     num_training_steps=750,
     batch_size=32,
     optimizer="muon",
     learning_rate=4e-3,
-    lr_schedule="cosine",
     warmup_steps=40,
     ema_decay=0.99,
     mixed_precision="bf16",

@@ -21,7 +21,7 @@ from errors import UsageError
 from generate import load_trained
 from processes import Processes
 from sample import SampleConfig, sample
-from settings import before, fixed
+from settings import before, fill, fixed
 from state import diffusion_arguments, make_state, unet_arguments
 from train import DEMO, Config, check_config, learning_rate, train, train_step
 from unet import UNet
@@ -176,7 +176,8 @@ def test_infinite_gradient_leaves_the_weights_as_they_were(here):
 
 
 def test_training_reduces_the_loss(here):
-    folder = train(tiny(num_training_steps=150, learning_rate=5e-3, log_every=10, save_every=150))
+    often = dict(log_every=10, save_every=150)
+    folder = train(tiny(num_training_steps=150, learning_rate=5e-3, prediction="eps", **often))
     history = load_checkpoint(checkpoint_path(folder, 150))["history"]
     assert history[-1][1] < 0.8 * history[0][1]
 
@@ -304,7 +305,7 @@ def test_no_checkpoint_key_has_a_prefix(here):
         ("gradient_accumulation_steps", 2),
         ("optimizer", "muon"),
         ("learning_rate", 3e-3),
-        ("lr_schedule", "cosine"),
+        ("lr_schedule", "constant"),
         ("warmup_steps", 5),
         ("max_grad_norm", 1e-4),
         ("ema_decay", 0.05),
@@ -317,7 +318,7 @@ def test_no_checkpoint_key_has_a_prefix(here):
         ("norm_groups", 2),
         ("num_timesteps", 20),
         ("noise_schedule", "linear"),
-        ("prediction", "v"),
+        ("prediction", "eps"),
         ("mixed_precision", "bf16"),
         ("num_training_steps", 5),
     ],
@@ -507,12 +508,22 @@ def test_a_checkpoint_that_lacks_a_constant_goes_on_as_it_was_before_the_constan
     assert_close(checkpoint(6), load_checkpoint(OLD[6]))
     settings = checkpoint(6)["settings"]
     assert settings["prediction"] == "eps" and settings["new"] == 0
-    assert "prediction is eps, new is 0" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "note: prediction is eps, lr_schedule is constant, new is 0, as in run" in text
     assert load_trained("run").diffusion.prediction == "eps"
     train(Later(**{**words, "num_training_steps": 7}))  # and again, from what that wrote
     assert checkpoint(7)["settings"]["new"] == 0
     with pytest.raises(UsageError, match="new was 0, is 2"):
         train(Later(**{**words, "new": 2, "num_training_steps": 9}))
+
+
+def test_a_run_of_older_defaults_goes_on_with_them():
+    old = dict(prediction="eps", lr_schedule="constant", num_training_steps=500_000)
+    config, filled = fill(Config(), old)
+    assert filled == old and {name: getattr(config, name) for name in old} == old
+    longer, filled = fill(Config(num_training_steps=600_000), old)
+    assert longer.num_training_steps == 600_000 and "num_training_steps" not in filled
+    assert fill(Config(), asdict(Config())) == (Config(), {})
 
 
 def test_the_networks_defaults_are_what_a_checkpoint_means_that_lacks_an_argument():
