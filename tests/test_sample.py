@@ -233,8 +233,8 @@ def test_weights_beside_which_a_guide_lies_are_guided_by_it(here):
 
 
 def test_guide_of_other_images_is_refused(run):
-    other = train(tiny(experiment_name="other", prediction="v"))
-    with pytest.raises(UsageError, match="^--guide: .*prediction is v, .* is eps"):
+    other = train(tiny(experiment_name="other", prediction="eps"))
+    with pytest.raises(UsageError, match="^--guide: .*prediction is eps, .* is v"):
         saved_images(guide=str(other))
     with pytest.raises(CheckpointError):
         saved_images(guide="nothing.pt")
