@@ -144,11 +144,11 @@ class FolderLock:
         return False
 
     def _take(self) -> None:
-        refused = functools.partial(UsageError, "--experiment_name")
+        refused, notes = functools.partial(UsageError, "--experiment_name"), []
         pid, self.lock = self.folder / "lock.pid", filelock.FileLock(self.folder / "lock", 0)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with warnings.catch_warnings(action="ignore"):
+            with warnings.catch_warnings(record=True, action="always") as notes:  # of a soft lock
                 self.lock.acquire()
         except FileExistsError as error:
             raise refused(f"{self.folder} is a file", "choose another name") from error
@@ -161,7 +161,7 @@ class FolderLock:
         except (OSError, NotImplementedError) as error:
             if getattr(error, "errno", errno.ENOSYS) not in LACKING:
                 raise disk_error(self.folder / "lock", error) from error
-        if isinstance(self.lock, filelock.SoftFileLock) or not self.lock.is_locked:
+        if notes or isinstance(self.lock, filelock.SoftFileLock) or not self.lock.is_locked:
             _say_weaker(self.folder.absolute(), "lock files: let no second run use the folder")
         try:
             self.pid = open(pid, "w", encoding="utf-8")

@@ -50,7 +50,7 @@ def run_config(config: GpuConfig, name: str, **changes) -> Config:
     if config.toy:
         size = dict(img_size=8, channels=8, channel_mults=(1,), batch_size=4, head_dim=8)
         size |= dict(num_training_steps=4, log_every=2, num_samples=1, path_to_data="pictures")
-        size |= dict(norm_groups=0)
+        size |= dict(norm_groups=0, attributes=())
     often = dict(save_every=10**6, sample_every=10**6, warmup_steps=10, lr_schedule="constant")
     device = config.device or "auto"
     every = {**DEMO, **often, **size, "device": device, "experiment_name": name, **changes}

@@ -79,7 +79,7 @@ def config_of(config: SampleSpeedConfig) -> Config:
     check_ranges(config)
     if not config.steps and not config.ddpm_steps:
         raise UsageError("--steps", "and --ddpm_steps leave nothing to generate", "give either")
-    return make_config(config.img_size, config.channels, config.channel_mults)
+    return make_config(config.img_size, config.channels, config.channel_mults, prediction="eps")
 
 
 def random_network(train_config: Config) -> UNet:

@@ -28,7 +28,7 @@ from train import Config, train
 from utils import list_checkpoints, load_checkpoint
 
 SMALLEST = ["--img_size", "8", "--channels", "64", "--channel_mults", "1", "1", "--rounds", "1"]
-SMALL = make_config(img_size=8, channels=64, channel_mults=(1, 1))
+SMALL = make_config(img_size=8, channels=64, channel_mults=(1, 1), prediction="eps")
 CPU = ["--device", "cpu"]
 
 

@@ -292,8 +292,9 @@ def fp16_patience(monkeypatch):
 
 
 def test_one_infinite_gradient_under_a_loss_scale_skips_one_step(here, monkeypatch, fp16_patience):
-    train(tiny(experiment_name="clean", num_training_steps=4, save_every=1, keep_checkpoints=9))
-    run_poisoned(monkeypatch, Explode.apply, num_training_steps=6, save_every=1, keep_checkpoints=9)
+    often = dict(lr_schedule="constant", save_every=1, keep_checkpoints=9)
+    train(tiny(experiment_name="clean", num_training_steps=4, **often))
+    run_poisoned(monkeypatch, Explode.apply, num_training_steps=6, **often)
     before, at, after = final("run", 4), final("run", 5), final("run", 6)
     assert tensors_equal(before["model"], at["model"]) and at["scaler"]["scale"] == 2.0**15
     assert not tensors_equal(at["model"], after["model"])
