@@ -86,7 +86,7 @@ class Config:
     gradient_accumulation_steps: int = free(1, least=1)  # passes in an update, by each process
     optimizer: Literal[*OPTIMIZERS] = fixed("adamw")  # muon: much sooner there, in short runs
     learning_rate: float = steered(2e-4, above=0)  # at its highest; muon takes ten times adamw's
-    lr_schedule: Literal["constant", "cosine"] = steered("cosine", before="constant")  # to 0
+    lr_schedule: Literal["constant", "cosine"] = steered("cosine", before="constant")  # falls to 0
     warmup_steps: int = steered(5000, least=0)  # updates over which the learning rate rises from 0
     max_grad_norm: float = steered(1.0, above=0)  # length to which longer gradients are clipped
     ema_decay: float = fixed(0.9999, least=0, below=1)  # of the averaged weights, used to generate
