@@ -50,7 +50,7 @@ from images import image_grid, save_image, to_x_0
 from likelihood import loss_at_all_t
 from metrics import find_features, measure_images
 from processes import Processes
-from samplers import SamplerError, check_sampler
+from samplers import VERSION, SamplerError, check_sampler
 from settings import check_ranges, constant
 from terminal import say, table
 from utils import reading
@@ -180,11 +180,11 @@ def generate_all(config, trained, faces, folder: Path, processes) -> list[Genera
 
 
 def source_digest(trained: Trained, faces: Faces) -> str:
-    """The digest, in a few letters, of what the images follow from: the checkpoint, the precision
-    and, where the network is asked for the attributes of faces, the faces."""
+    """The digest, in a few letters, of what the images follow from: the checkpoint, the precision,
+    the samplers and, where the network is asked for the attributes of faces, the faces."""
     with open(trained.path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256")
-    digest.update(f"{trained.dtype}{trained.guided_by}".encode())
+    digest.update(f"{trained.dtype}{trained.guided_by}{VERSION}".encode())
     digest.update(faces.fingerprint.encode() if trained.attribute_names else b"")
     return digest.hexdigest()[:12]
 

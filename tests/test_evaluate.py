@@ -139,6 +139,9 @@ def test_stopped_in_the_middle_it_goes_on_from_what_is_kept(run, monkeypatch):
     assert [numbers.start for numbers in calls[6:]] == [8, 12]
     evaluate(replace(config, num_images=16))  # the last part was a smaller one
     assert [(numbers.start, numbers.stop) for numbers in calls[8:]] == [(12, 16)]
+    monkeypatch.setattr(evaluate_module, "VERSION", -1)  # other samplers make other images
+    evaluate(replace(config, num_images=16))
+    assert [numbers.start for numbers in calls[9:]] == [0, 4, 8, 12]
 
 
 def test_other_weights_seeds_guides_and_checkpoints_share_no_images(run):
