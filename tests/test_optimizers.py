@@ -59,6 +59,17 @@ def test_orthogonal_is_the_iteration_as_it_is_written(shape, rank, smallest):
     assert (orthogonal([matrix * 1e-4])[0] - expected).norm() < 1e-2 * expected.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_matrices_are_made_orthogonal_each_by_itself(dtype):
+    shapes = [(8, 20), (5, 5), (20, 8), (8, 9), (30, 5)]  # some have as many rows, or columns
+    generator = torch.Generator().manual_seed(0)
+    matrices = [torch.randn(shape, generator=generator) for shape in shapes]
+    for together, matrix in zip(orthogonal(matrices, dtype), matrices, strict=True):
+        (alone,) = orthogonal([matrix], dtype)
+        assert together.shape == matrix.shape
+        torch.testing.assert_close(together, alone, rtol=0, atol=1e-4)
+
+
 def test_the_zero_matrix_stays_zero():
     assert torch.equal(orthogonal([torch.zeros(4, 36)])[0], torch.zeros(4, 36))
 
