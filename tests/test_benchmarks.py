@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,15 @@ from PIL import Image
 from torch import nn
 
 import sources
-from benchmarks import conditional_accuracy, data_speed, quality, recipes, sample_speed, train_speed
+from benchmarks import (
+    conditional_accuracy,
+    data_speed,
+    distances,
+    quality,
+    recipes,
+    sample_speed,
+    train_speed,
+)
 from benchmarks.common import Worker, measure, ratio, read_tables
 from benchmarks.peers import diffusers_network, forward_flops, make_config
 from dataset import Batches, load_faces
@@ -178,6 +187,32 @@ def test_quality_refuses_what_cannot_be(here, flag, value):
     assert_error(run_script("benchmarks/quality.py", f"--{flag}", value), 2, f"--{flag}")
 
 
+def test_distances_of_each_checkpoint_by_steps_and_guide(short_run):
+    train(Config(**{**TINY, "experiment_name": "longer"}))
+    checkpoints = [str(path) for path in reversed(list_checkpoints(Path("longer")))]
+    config = ["--path_to_data", "pictures", "--features", "mine:load", "--num_images", "20"]
+    config += ["--steps", "2", "3", "--autoguidance", "1", "2", "--loss_draws", "1"]
+    text = run("distances", "--checkpoints", *checkpoints, *config)
+    (found,) = read_tables(text)
+    assert list(found) == checkpoints and [row["step"] for row in found.values()] == ["3", "6"]
+    names = [f"distance, {steps} steps{way}" for steps in (2, 3) for way in ("", ", guided at 2")]
+    first, last = ([row[name] for name in names] for row in found.values())
+    assert len({*first, *last}) == 6  # the guide, of step 3, is not that of its own weights
+    assert all(0 < float(row["held-out loss"]) < 9 for row in found.values())
+    again = run("distances", "--checkpoints", "longer", *config, "--seed", "1")
+    assert checkpoints[1] in again and last[0] not in again
+    kept = json.loads(Path("distances.json").read_text())
+    assert [one["step"] for one in kept["results"]] == [6] and kept["config"]["seed"] == 1
+
+
+def test_distances_refuse_what_cannot_be(here):
+    for flag, value in (("num_images", "3"), ("steps", "0"), ("autoguidance", "0.5")):
+        assert_error(run_script("benchmarks/distances.py", f"--{flag}", value), 2, f"--{flag}")
+    flags = ("--checkpoints", "celeba_32", "--features", "none")
+    result = run_script("benchmarks/distances.py", *flags)
+    assert_error(result, 2, "--features")
+
+
 TINY_RECIPE = (
     "img_size=8 channels=8 channel_mults=1,2 head_dim=8 norm_groups=4 attn_resolutions=4 "
     "batch_size=4 num_samples=2 mixed_precision=no attributes="
@@ -210,7 +245,7 @@ def test_a_recipe_with_attributes_is_asked_for_those_of_training_faces(here, mon
         asked.append(attributes)
         return generate(*arguments, attributes=attributes, **options)
 
-    monkeypatch.setattr(recipes, "generate", noted)
+    monkeypatch.setattr(distances, "generate", noted)
     features = Features("mean colour", lambda x: x.float().mean((2, 3)))
     recipe = TINY_RECIPE.replace("attributes=", "attributes=Smiling,Male")
     assert recipes.run(wish, recipe, 0, features)["distances"].keys() == {"2 steps"}
@@ -222,7 +257,7 @@ def test_a_recipe_with_attributes_is_asked_for_those_of_training_faces(here, mon
 def test_the_error_of_a_distance_is_as_large_as_it_varies():
     random = np.random.default_rng(0)
     reference = random.normal(size=(2000, 4))
-    measured = [recipes.distance(reference, random.normal(size=(200, 4))) for _ in range(60)]
+    measured = [distances.distance(reference, random.normal(size=(200, 4))) for _ in range(60)]
     values, errors = np.array(measured).T
     assert 0.6 < np.median(errors) / values.std() < 1.6
 
