@@ -61,8 +61,7 @@ class Trained:
     def usual_attributes(self) -> Tensor:
         """(M, K), 1 or -1: those of some of the faces that it was trained on; of older checkpoints,
         which do not tell, one row of 0, not said."""
-        rows = self.settings.get("usual_attributes") or ["0" * len(self.attribute_names)]
-        return torch.tensor([["-0+".index(sign) - 1.0 for sign in row] for row in rows])
+        return usual_attributes(self.settings)
 
     def __call__(self, x_t: Tensor, t: Tensor, attributes: Tensor | None = None) -> Tensor:
         """The network's output, computed in `dtype`."""
@@ -171,10 +170,15 @@ def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:
             module.to(dtype)
 
 
-def draw_attributes(trained: Trained, numbers: Sequence[int], seed: int = 0) -> Tensor:
-    """The attributes of faces that the network was trained on, one drawn for the image of each
-    number by (seed, number): (N, K)."""
-    rows = trained.usual_attributes
+def usual_attributes(settings: dict) -> Tensor:
+    """`Trained.usual_attributes`, out of the settings of a run."""
+    rows = settings.get("usual_attributes") or ["0" * len(settings["attributes"])]
+    return torch.tensor([["-0+".index(sign) - 1.0 for sign in row] for row in rows])
+
+
+def draw_attributes(rows: Tensor, numbers: Sequence[int], seed: int = 0) -> Tensor:
+    """Of `usual_attributes`, (M, K), a row drawn for the image of each number by (seed, number):
+    (N, K)."""
     return rows[[int(np.random.default_rng((seed, i, 1)).integers(len(rows))) for i in numbers]]
 
 
@@ -192,7 +196,7 @@ def sample_loop(
     network leaves the finite numbers."""
     device = trained.diffusion.device
     if attributes is None and trained.attribute_names and not options.keys() & {"image", "x_T"}:
-        attributes = draw_attributes(trained, numbers, seed)
+        attributes = draw_attributes(trained.usual_attributes, numbers, seed)
     if attributes is not None:
         attributes = attributes.to(device).expand(len(numbers), -1)
     for name in options.keys() & {"image", "mask"}:
@@ -262,25 +266,23 @@ def sheet(
 
 
 def sample_grid(
-    config, model, diffusion, dtype, stop, steps=20
+    config, model, diffusion, dtype, attributes, stop, steps=10
 ) -> tuple[Image.Image, Tensor] | None:
     """A grid of faces, always from the same noise, by `sample.py`'s default sampler; of a network
-    that knows attributes a sheet. With it the faces' mean colour, (3,) in [-1, 1]. None where a
-    signal came in between."""
-    columns, labels, numbers, attributes = 0, [], list(range(config.num_samples)), None
+    that knows attributes for those of training faces, drawn from `attributes`, (M, K). With it the
+    faces' mean colour, (3,) in [-1, 1]. None where a signal came in between."""
+    numbers, options = range(config.num_samples), {"steps": steps}
     if config.attributes:
-        columns = max(1, config.num_samples // (2 * len(config.attributes)))
-        labels, numbers, attributes = sheet(config.attributes, columns)
-        attributes = attributes.to(diffusion.device)
+        drawn = draw_attributes(attributes, numbers, config.seed)
+        options["attributes"] = drawn.to(diffusion.device)
+    options["generator"] = image_generators(config.seed, numbers)
     shape = (len(numbers), model.image_channels, config.img_size, config.img_size)
-    generators = image_generators(config.seed, numbers)
-    options = dict(steps=steps, generator=generators, attributes=attributes)
     with torch.autocast(diffusion.device.type, dtype, enabled=dtype is not None):
         for _, _, x_0_pred in diffusion.sample_loop(model, shape, **options):
             faces = x_0_pred
             if stop.received:
                 return None
-    return image_grid(faces, columns, labels), faces.mean(dim=(0, 2, 3)).expand(3).cpu()
+    return image_grid(faces), faces.mean(dim=(0, 2, 3)).expand(3).cpu()
 
 
 # Kept images -------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from device import autocast_dtype, compile_network, precision_note
 from diffusion import Diffusion
 from errors import UsageError
 from files import save_json
-from generate import sample_grid
+from generate import sample_grid, usual_attributes
 from likelihood import held_out_loss
 from pretrained import open_weights, start_from
 from processes import Processes
@@ -55,13 +55,14 @@ class Run(NamedTuple):
         save_checkpoint(path, self.about | self.state.state_dict())
 
     def sample(
-        self, stop: StopSignals, num_samples: int, steps: int = 20
+        self, stop: StopSignals, num_samples: int, steps: int = 10
     ) -> tuple[Image.Image, dict[str, float]] | None:
         """A grid from the averaged weights and, to log, its mean colour beside the data's, in grey
         levels; None where a signal came in between."""
         config = replace(self.config, num_samples=num_samples)
         model = self.state.ema.model
-        sampled = sample_grid(config, model, self.diffusion, self.dtype, stop, steps)
+        attributes = usual_attributes(self.about["settings"])
+        sampled = sample_grid(config, model, self.diffusion, self.dtype, attributes, stop, steps)
         if sampled is None:
             return None
         grid, mean = sampled

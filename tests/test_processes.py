@@ -312,8 +312,8 @@ def test_a_signal_to_any_process_saves_for_all(here, to, place):
         )
         if place == "the sampling":
             real_sample = run_module.Run.sample
-            run_module.Run.sample = lambda run, stop, num_samples, steps=20: (
-                slow(real_sample, 1) if steps == 20 else real_sample  # not the trial
+            run_module.Run.sample = lambda run, stop, num_samples, steps=10: (
+                slow(real_sample, 1) if steps == 10 else real_sample  # not the trial
             )(run, stop, num_samples, steps)
         if place == "a step" and rank == 0:
             real = train_module.train_step
