@@ -271,7 +271,7 @@ def sample_grid(
     """A grid of faces, always from the same noise, by `sample.py`'s default sampler; of a network
     that knows attributes for those of training faces, drawn from `attributes`, (M, K). With it the
     faces' mean colour, (3,) in [-1, 1]. None where a signal came in between."""
-    numbers, options = range(config.num_samples), {"steps": steps}
+    numbers, options = list(range(config.num_samples)), {"steps": steps}  # too many fail here
     if config.attributes:
         drawn = draw_attributes(attributes, numbers, config.seed)
         options["attributes"] = drawn.to(diffusion.device)
