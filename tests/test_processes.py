@@ -121,7 +121,7 @@ def fork(count: int, work, folders=None) -> list[int]:
     return pids
 
 
-def join(pids: list[int], seconds: float = 240) -> list[int]:
+def join(pids: list[int], seconds: float = 60) -> list[int]:
     """The exit codes of the processes, which must all end within so many seconds."""
     codes, end = {}, time.monotonic() + seconds
     try:
@@ -302,7 +302,7 @@ def slow(function, seconds: float):
     return slowed
 
 
-def appears(path: str, seconds: float = 120) -> None:
+def appears(path: str, seconds: float = 30) -> None:
     end = time.monotonic() + seconds
     while not Path(path).exists():
         assert time.monotonic() < end, said()
@@ -350,7 +350,7 @@ def test_a_signal_to_any_process_saves_for_all(here, to, place):
         for pid in targets:
             os.kill(pid, signal.SIGTERM)
         time.sleep(0.3)
-    assert join(pids) == [143, 143], said()
+    assert join(pids, 30) == [143, 143], said()
     newest, *_ = list_checkpoints(here / "run")
     assert load_checkpoint(newest)["step"] >= 3
     assert said().count("is saved") == 1 and not complaints(), said()
@@ -360,14 +360,14 @@ def test_a_signal_to_any_process_saves_for_all(here, to, place):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_signal_while_the_faces_are_prepared_ends_all(here, rank):
     def work(_):
-        run_module.load_faces = slow(run_module.load_faces, 100)
+        run_module.load_faces = slow(run_module.load_faces, 20)
         train(tiny(**LONG))
 
     pids = fork(2, work)
     appears("busy")
     time.sleep(0.5)
     os.kill(pids[rank], signal.SIGTERM)
-    codes = join(pids, 60)
+    codes = join(pids, 15)
     assert codes[rank] == 143 and not complaints() and not list_checkpoints(here / "run")
 
 
@@ -375,7 +375,7 @@ def test_a_signal_while_the_faces_are_prepared_ends_all(here, rank):
 def test_a_killed_process_ends_the_others_with_one_line(here, rank):
     began = time.monotonic()
     codes = join(fork(2, killed(tiny(**LONG), step=4, rank=rank)))
-    assert codes[rank] == 137 and codes[1 - rank] == 5 and time.monotonic() - began < 120
+    assert codes[rank] == 137 and codes[1 - rank] == 5 and time.monotonic() - began < 60
     (line,) = complaints()
     assert line.startswith(f"error: rank {1 - rank}: another process") and "--resume" in line
 
@@ -389,7 +389,7 @@ def test_a_process_that_stops_without_ending_is_taken_for_lost(here, monkeypatch
     time.sleep(1)
     os.kill(pids[1], signal.SIGSTOP)
     try:
-        end = time.monotonic() + 60
+        end = time.monotonic() + 20
         while not os.waitpid(pids[0], os.WNOHANG)[0]:
             assert time.monotonic() < end, said()
             time.sleep(0.1)
@@ -408,7 +408,7 @@ def test_an_error_of_one_process_ends_all_with_its_line(here, rank):
             train_module.train_step = damaged
         train(tiny(**LONG))
 
-    codes = join(fork(2, work))
+    codes = join(fork(2, work), 30)
     assert codes[rank] == 3 and codes[1 - rank] == 5
     (line,) = complaints()
     assert line.startswith(f"error: rank {rank}: images/7.png: is damaged")
@@ -426,7 +426,7 @@ def test_a_full_disk_ends_all_with_its_line(here):
         run_module.save_checkpoint = save
         train(tiny(batch_size=2))
 
-    assert join(fork(2, work)) == [5, 5]
+    assert join(fork(2, work), 30) == [5, 5]
     assert len(complaints()) == 1 and "rank 0: run/checkpoints" in complaints()[0], said()
 
 
