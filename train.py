@@ -46,10 +46,7 @@ from settings import check_ranges, fixed, free, steered
 from terminal import Progress, say
 from threads import a_core_each
 from unet import check_shape
-from utils import (
-    checkpoint_path,
-    prune_checkpoints,
-)
+from utils import checkpoint_path, prune_checkpoints
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,6 @@
 """What only a GPU can tell, in parts: each a function that returns "tables", lists of rows, and
 "facts". `gpu.py` runs them."""
 
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -18,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.common import find_device, read_tables
 from benchmarks.peers import Ours, make_config
+from benchmarks.stopped_runs import stop_and_resume
 from generate import generate, load_trained
 from settings import constant
 from terminal import say
@@ -161,58 +160,6 @@ def sampling(config: GpuConfig) -> dict:
     return {"tables": [rows], "facts": {}}
 
 
-def stopped(commands: list[list[str]], environments: list[dict], folder: Path) -> list[int]:
-    """Start a run of several processes, send SIGTERM to all when the first checkpoint or line of
-    the log is there. Returns their exit codes."""
-    log = open(folder.with_suffix(".log"), "w")
-    processes = [
-        subprocess.Popen(command, env=os.environ | extra, stdout=log, stderr=log)
-        for command, extra in zip(commands, environments, strict=True)
-    ]
-    while all(process.poll() is None for process in processes):
-        time.sleep(0.2)
-        if "step " in Path(log.name).read_text():
-            for process in processes:
-                process.send_signal(signal.SIGTERM)
-            break
-    codes = [process.wait() for process in processes]
-    log.close()
-    say(Path(log.name).read_text())
-    return codes
-
-
-# Two processes on one GPU, which NCCL refuses: gloo exchanges the gradients instead.
-RANK = """
-import sys, functools
-sys.path.insert(0, {root!r})
-import accelerate, cli, train
-options = accelerate.InitProcessGroupKwargs
-accelerate.InitProcessGroupKwargs = functools.partial(options, backend="gloo")
-cli.run(train.main)
-"""
-
-
-def stop_and_resume(config: GpuConfig, name: str, ranks: int, flags: list[str]) -> dict:
-    """A run as its user starts it, stopped by SIGTERM and resumed. Returns what came of it."""
-    extra = [{}]
-    if ranks > 1:
-        port = str(20000 + os.getpid() % 20000)
-        every = dict(WORLD_SIZE=str(ranks), LOCAL_RANK="0", MASTER_ADDR="localhost")
-        extra = [dict(every, MASTER_PORT=port, RANK=str(rank)) for rank in range(ranks)]
-    command = [sys.executable, "-c", RANK.format(root=str(ROOT)), "--experiment_name", name, *flags]
-    codes = stopped([command] * ranks, extra, Path(name))
-    saved = list_checkpoints(Path(name))
-    facts = {"exit codes after SIGTERM": str(codes), "wanted": "143", "saved": str(len(saved))}
-    if saved:
-        steps = str(int(saved[0].stem[5:]) + 2)
-        end = [*command, "--resume", "--num_training_steps", steps]
-        facts["exit codes of the resumed run"] = str(
-            [p.wait() for p in [subprocess.Popen(end, env=os.environ | e) for e in extra]]
-        )
-        facts["steps"] = f"stopped at {int(saved[0].stem[5:])}, ended at {steps}"
-    return {"tables": [], "facts": facts}
-
-
 def small_flags(config: GpuConfig) -> list[str]:
     """The flags of a run that would take long, on synthetic faces."""
     if config.toy:
@@ -228,12 +175,12 @@ def ranks(config: GpuConfig) -> dict:
     flags = small_flags(config)
     if not config.toy:
         flags += ["--channels", "64", "--batch_size", "64"]
-    return stop_and_resume(config, "ranks", 2, flags)
+    return stop_and_resume("ranks", 2, flags)
 
 
 def full_size(config: GpuConfig) -> dict:
     """The defaults, 64 px, as their user runs them."""
-    return stop_and_resume(config, "full_size", 1, small_flags(config))
+    return stop_and_resume("full_size", 1, small_flags(config))
 
 
 def speed(config: GpuConfig, *rows: str) -> dict:
