@@ -167,8 +167,8 @@ class _Vectors(nn.Module):
 
 
 def _measure(metric: nn.Module, a: np.ndarray, b: np.ndarray):
-    metric.update(torch.from_numpy(a).double(), real=True)
-    metric.update(torch.from_numpy(b).double(), real=False)
+    metric.update(torch.tensor(a, dtype=torch.float64), real=True)  # copies: kept ones are mapped
+    metric.update(torch.tensor(b, dtype=torch.float64), real=False)
     return metric.compute()
 
 

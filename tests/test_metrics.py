@@ -65,6 +65,18 @@ def test_frechet_distance_of_a_set_with_itself_is_0():
     assert abs(frechet_distance(a, a)) < 1e-6
 
 
+def test_vectors_mapped_from_the_disk_are_measured_without_a_warning(recwarn):
+    a, b = vectors(200, 0), vectors(300, 1)
+    measured = frechet_distance(a, b)
+    a.flags.writeable = b.flags.writeable = False  # as a mapped file's are
+    torch.set_warn_always(True)  # else once in a process
+    try:
+        assert frechet_distance(a, b) == measured
+    finally:
+        torch.set_warn_always(False)
+    assert not [warning for warning in recwarn if "writable" in str(warning.message)]
+
+
 def closed_kernel(a: np.ndarray, b: np.ndarray) -> float:
     """Binkowski et al. 2018: k(x, y) = (x y / d + 1)^3, without the pairs of one with itself."""
     a, b = a.astype(np.float64), b.astype(np.float64)
