@@ -205,6 +205,24 @@ def test_distances_of_each_checkpoint_by_steps_and_guide(short_run):
     assert [one["step"] for one in kept["results"]] == [6] and kept["config"]["seed"] == 1
 
 
+def test_distances_of_grey_images_are_to_grey_faces(short_run, monkeypatch):
+    train(Config(**{**TINY, "experiment_name": "grey", "grey": True}))
+    references = []
+
+    class Noted(Features):
+        def cached(self, images, *which):
+            references.append(images)
+            return super().cached(images, *which)
+
+    features = Noted("mean colour", lambda x: x.float().mean((2, 3)))
+    monkeypatch.setattr(distances, "find_features", lambda *spec: features)
+    options = dict(num_images=20, steps=(2,), loss_draws=0)
+    wanted = distances.DistancesConfig(("grey",), "pictures", **options)
+    (found,) = distances.measure(wanted)
+    assert np.ptp(references[0], axis=-1).max() == 0  # the three channels are equal
+    assert found["distances"]["2 steps"][0] > 0
+
+
 def test_distances_refuse_what_cannot_be(here):
     for flag, value in (("num_images", "3"), ("steps", "0"), ("autoguidance", "0.5")):
         assert_error(run_script("benchmarks/distances.py", f"--{flag}", value), 2, f"--{flag}")
