@@ -10,7 +10,7 @@ from errors import UsageError
 from state import State
 from terminal import say
 from unet import Attention, GroupNorm, UNet, default_channel_mults
-from utils import open_checkpoint, plain_keys, reading
+from utils import list_checkpoints, open_checkpoint, plain_keys, reading
 
 SHIPPED = Path(__file__).resolve().parent / "weights"  # a folder for each name
 DEFAULT = "synthetic_32"
@@ -25,7 +25,7 @@ def open_weights(given: str | Path | None) -> tuple[Path, dict]:
     "step", "model" and "ema". Raises CheckpointError."""
     if not given and (SHIPPED / DEFAULT).is_dir():
         given = None if any(Path().glob("*/checkpoints/step_*.pt")) else SHIPPED / DEFAULT
-    if given and not Path(given).exists() and (SHIPPED / given).is_dir():
+    if given and (SHIPPED / given).is_dir() and not _holds_weights(Path(given)):
         given = SHIPPED / given
     folder = Path(given or "")
     if folder.name == WEIGHTS:
@@ -33,6 +33,11 @@ def open_weights(given: str | Path | None) -> tuple[Path, dict]:
     if given and (path := weights_file(folder)):
         return path, read_folder(folder)
     return open_checkpoint(given)
+
+
+def _holds_weights(folder: Path) -> bool:
+    """Whether any lie there: a run that starts from weights of its name has a folder by then."""
+    return bool(weights_file(folder) or list_checkpoints(folder))
 
 
 def start_from(state: State, path: Path, saved: dict, config) -> None:
