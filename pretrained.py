@@ -25,7 +25,7 @@ def open_weights(given: str | Path | None) -> tuple[Path, dict]:
     "step", "model" and "ema". Raises CheckpointError."""
     if not given and (SHIPPED / DEFAULT).is_dir():
         given = None if any(Path().glob("*/checkpoints/step_*.pt")) else SHIPPED / DEFAULT
-    if given and (SHIPPED / given).is_dir() and not _holds_weights(Path(given)):
+    if given and weights_file(SHIPPED / given) and not _holds_weights(Path(given)):
         given = SHIPPED / given
     folder = Path(given or "")
     if folder.name == WEIGHTS:
