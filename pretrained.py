@@ -18,8 +18,9 @@ DEFAULT = "synthetic_32"
 
 def open_weights(given: str | Path | None) -> tuple[Path, dict]:
     """Read the weights that are meant by: a checkpoint; a run's folder (its newest); a folder of
-    diffusers', or its file of weights; a name in `weights/`; nothing: the newest run under the
-    current folder, or where there is none the weights that come with the program.
+    diffusers', or its file of weights; a name in `weights/` under which none lie here; nothing: the
+    newest run under the current folder, or where there is none the weights that come with the
+    program.
 
     Returns the file, and what it holds: "unet" and "diffusion" (their arguments), "settings",
     "step", "model" and "ema". Raises CheckpointError."""

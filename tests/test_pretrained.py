@@ -79,6 +79,8 @@ def test_nothing_given_means_the_newest_run_or_what_is_shipped(there, monkeypatc
     path, saved = open_weights(None)
     assert path.is_relative_to(there / "weights") and saved["step"] == 3
     assert open_weights(pretrained.DEFAULT)[0] == path
+    with pytest.raises(CheckpointError, match=r"^\.: "):  # no name of weights
+        open_weights(".")
     (there / pretrained.DEFAULT).mkdir()  # of a run of that name, before it has a checkpoint
     assert open_weights(pretrained.DEFAULT)[0] == path
     shutil.rmtree("weights")
