@@ -7,27 +7,18 @@
 sample.py, evaluate.py and train.py --init_from also take a folder of diffusers' as it is.
 """
 
-if __name__ == "__main__":
-    # Ctrl-C while the rest is imported ends it without a traceback; PYTHONSAFEPATH hides the rest.
-    import os
-    import signal
-    import sys
-
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import cli
-from diffusers_format import write_folder
-from errors import UsageError
+from formats.diffusers_format import write_folder
+from formats.weights import open_weights
 from generate import load_trained
-from pretrained import open_weights
 from sample import SampleConfig, read_condition
-from settings import check_ranges
-from terminal import say
+from system import flags
+from system.errors import UsageError
+from system.flags import check_ranges
+from system.terminal import say
 from utils import checkpoint_path, save_checkpoint
 
 # Settings of a run that say nothing about its weights, and much about the machine.
@@ -98,8 +89,8 @@ def convert(config: ConvertConfig) -> Path:
 
 def main() -> None:
     """The command line: ConvertConfig's flags."""
-    convert(cli.parse(ConvertConfig, sys.argv[1:], "Take weights to diffusers, and back."))
+    convert(flags.parse(ConvertConfig, sys.argv[1:], "Take weights to diffusers, and back."))
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    flags.run(main)

@@ -17,13 +17,13 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from dataset import without_colours
-from decoding import decode_all
+from dataset.decoding import decode_all
+from dataset.faces import without_colours
 from diffusion import draw_noise, image_generators
-from errors import DataError
 from generate import Trained
-from images import to_x_0
 from samplers import SAMPLERS, put_noise
+from system.errors import DataError
+from utils import to_x_0
 
 
 def read_image(path: str | Path, trained: Trained) -> Tensor:

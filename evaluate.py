@@ -11,15 +11,6 @@ Prints tables, and writes evaluation.json, nearest.png and samplers.png into <ru
 generated images are kept there too: stopped in the middle, or asked for more, it goes on from them.
 """
 
-if __name__ == "__main__":
-    # Ctrl-C while the rest is imported ends it without a traceback; PYTHONSAFEPATH hides the rest.
-    import os
-    import signal
-    import sys
-
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-
 import hashlib
 import sys
 from dataclasses import asdict, dataclass, replace
@@ -31,11 +22,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import cli
-from dataset import Faces, load_faces
-from device import DEVICES, find_device, keep_freed_memory
-from errors import DataError, UsageError
-from files import check_writable, save_json
+from dataset.faces import Faces, load_faces
 from generate import (
     Generated,
     Trained,
@@ -46,14 +33,16 @@ from generate import (
     load_trained,
     read_generated,
 )
-from images import image_grid, save_image, to_x_0
-from likelihood import loss_at_all_t
-from metrics import find_features, measure_images
-from processes import Processes
+from metrics import find_features, loss_at_all_t, measure_images
 from samplers import VERSION, SamplerError, check_sampler
-from settings import check_ranges, constant
-from terminal import say, table
-from utils import reading
+from system import flags
+from system.device import DEVICES, find_device, keep_freed_memory
+from system.errors import DataError, UsageError
+from system.files import check_writable, save_json
+from system.flags import check_ranges, constant
+from system.processes import Processes
+from system.terminal import say, table
+from utils import image_grid, reading, save_image, to_x_0
 
 NUM_SHOWN = 8  # faces in nearest.png and in each row of samplers.png
 
@@ -308,8 +297,8 @@ def save_sheet(path: Path, rows: list[np.ndarray], labels: list[str]) -> None:
 
 def main() -> None:
     """The command line: EvaluateConfig's flags."""
-    evaluate(cli.parse(EvaluateConfig, sys.argv[1:], "Measure how good a checkpoint is."))
+    evaluate(flags.parse(EvaluateConfig, sys.argv[1:], "Measure how good a checkpoint is."))
 
 
 if __name__ == "__main__":
-    cli.run(main, fix="lower --batch_size, --num_images, --num_reference or --loss_draws")
+    flags.run(main, fix="lower --batch_size, --num_images, --num_reference or --loss_draws")

@@ -18,14 +18,13 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from device import autocast_dtype, check_gpu, find_device
 from diffusion import Diffusion, image_generators
-from errors import CheckpointError, DataError, UsageError
-from files import write_atomically
-from images import image_grid, to_uint8
-from pretrained import open_weights
+from formats.weights import open_weights
+from system.device import autocast_dtype, check_gpu, find_device
+from system.errors import CheckpointError, DataError, UsageError
+from system.files import write_atomically
 from unet import UNet
-from utils import find_guide, plain_keys, reading
+from utils import find_guide, image_grid, plain_keys, reading, to_uint8
 
 
 @dataclass(frozen=True)

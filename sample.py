@@ -8,15 +8,6 @@ python sample.py --image face.png --mask mask.png             # generates what t
 python sample.py --image face.png --strength 0.4              # others like it
 """
 
-if __name__ == "__main__":
-    # Ctrl-C while the rest is imported ends it without a traceback; PYTHONSAFEPATH hides the rest.
-    import os
-    import signal
-    import sys
-
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -29,18 +20,18 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-import cli
-from dataset import parse_attributes
-from device import DEVICES, find_device, keep_freed_memory
+from dataset.faces import parse_attributes
 from editing import between, noise_of, read_image, read_mask
-from errors import UsageError
-from files import check_writable
 from generate import Trained, add_guide, generate, load_trained, sample_loop, sheet
-from images import image_grid, save_image, to_uint8
-from processes import Processes
 from samplers import SAMPLERS, SamplerError, check_sampler, is_deterministic
-from settings import check_ranges, constant
-from terminal import say
+from system import flags
+from system.device import DEVICES, find_device, keep_freed_memory
+from system.errors import UsageError
+from system.files import check_writable
+from system.flags import check_ranges, constant
+from system.processes import Processes
+from system.terminal import say
+from utils import image_grid, save_image, to_uint8
 
 GIF_FRAMES = 40  # at most, in the way from noise to faces
 
@@ -258,8 +249,8 @@ def done(config: SampleConfig, trained: Trained) -> Path:
 
 def main() -> None:
     """The command line: SampleConfig's flags."""
-    sample(cli.parse(SampleConfig, sys.argv[1:], "Generate images from a checkpoint."))
+    sample(flags.parse(SampleConfig, sys.argv[1:], "Generate images from a checkpoint."))
 
 
 if __name__ == "__main__":
-    cli.run(main, fix="lower --batch_size, --num_images or --steps")
+    flags.run(main, fix="lower --batch_size, --num_images or --steps")

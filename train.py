@@ -10,19 +10,10 @@ Everything a run leaves lies in ./<experiment_name>. Training is a function of (
 random state is carried from step to step, so a resumed run equals one that was never stopped.
 """
 
-if __name__ == "__main__":
-    # Ctrl-C while the rest is imported ends it without a traceback; PYTHONSAFEPATH hides the rest.
-    import os
-    import signal
-    import sys
-
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-
 import math
 import sys
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -31,20 +22,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import cli
-from dataset import drop_attributes
-from device import DEVICES, find_device, set_up_device
+from dataset.faces import drop_attributes
 from diffusion import NOISE_SCHEDULES, PREDICTIONS
-from errors import Interrupted, UsageError
-from files import FolderLock
-from log import RunLog
+from engine.log import RunLog
+from engine.safety import StopSignals, Watch
+from engine.session import prepare_network, rehearse, set_up
 from optimizers import OPTIMIZERS
-from processes import Processes
-from run import prepare_network, rehearse, set_up
-from safety import StopSignals, Watch
-from settings import check_ranges, fixed, free, steered
-from terminal import Progress, say
-from threads import a_core_each
+from system import flags
+from system.device import DEVICES, find_device, set_up_device
+from system.errors import Interrupted, UsageError
+from system.files import FolderLock
+from system.flags import check_ranges, fixed, free, steered
+from system.processes import Processes
+from system.terminal import Progress, say
+from system.threads import a_core_each
 from unet import check_shape
 from utils import checkpoint_path, prune_checkpoints
 
@@ -53,19 +44,19 @@ from utils import checkpoint_path, prune_checkpoints
 class Config:
     """The constants of a run: edit them here, pass them as flags, or write Config(img_size=32)."""
 
-    # The run
+    # Run
     experiment_name: str = free("my_first_diffusion")  # folder of all that the run leaves
     path_to_data: str = free("data")  # folder or zip of images, or a built-in source; data: CelebA
     resume: bool = free(False)  # go on from the newest good checkpoint, or start if there is none
     init_from: str = free("")  # weights to start from: a run, a checkpoint, a folder of diffusers'
     seed: int = fixed(0, least=0)  # of everything random: weights, data order, noise, dropout
-    # The data
+    # Data
     img_size: int = fixed(64, least=8)  # pixels of a side: 32, 64, 128, 192, 256
     only: tuple[str, ...] = fixed(())  # train on the faces with these attributes: Smiling Male=-1
     attributes: tuple[str, ...] = fixed(())  # generate faces by these: Smiling Male Eyeglasses
     grey: bool = fixed(False)  # take the colours out; of grey images one channel is trained anyway
     attribute_dropout: float = fixed(0.1, least=0, most=1)  # share trained on without any attribute
-    # The network
+    # Network
     channels: int = fixed(128, least=4)  # channels of the first stage
     channel_mults: tuple[int, ...] = fixed((), least=1)  # times channels, by stage; (): by img_size
     num_res_blocks: int = fixed(2, least=1)  # residual blocks in a stage
@@ -73,17 +64,17 @@ class Config:
     head_dim: int = fixed(64, least=1)  # channels of an attention head
     dropout: float = steered(0.1, least=0, below=1)  # share of activations dropped in training
     norm_groups: int = fixed(0, least=0)  # of every group norm; 0: up to 32, by its channels
-    # The diffusion
+    # Diffusion
     num_timesteps: int = fixed(1000, least=2)  # T, the steps of the forward process
     noise_schedule: Literal[*NOISE_SCHEDULES] = fixed("cosine")  # how the noise grows with t
-    prediction: Literal[*PREDICTIONS] = fixed("v", before="eps")  # what the network's output is
-    # The training
-    num_training_steps: int = free(250_000, before=500_000, least=1)  # optimiser updates
+    prediction: Literal[*PREDICTIONS] = fixed("v")  # what the network's output is
+    # Training
+    num_training_steps: int = free(250_000, least=1)  # optimiser updates
     batch_size: int = fixed(128, least=1)  # images in a forward pass on each device
     gradient_accumulation_steps: int = free(1, least=1)  # passes in an update, by each process
     optimizer: Literal[*OPTIMIZERS] = fixed("adamw")  # muon: much sooner there, in short runs
     learning_rate: float = steered(2e-4, above=0)  # at its highest; muon takes ten times adamw's
-    lr_schedule: Literal["constant", "cosine"] = steered("cosine", before="constant")  # falls to 0
+    lr_schedule: Literal["constant", "cosine"] = steered("cosine")  # falls to 0
     warmup_steps: int = steered(5000, least=0)  # updates over which the learning rate rises from 0
     max_grad_norm: float = steered(1.0, above=0)  # length to which longer gradients are clipped
     ema_decay: float = fixed(0.9999, least=0, below=1)  # of the averaged weights, used to generate
@@ -91,7 +82,7 @@ class Config:
     compile: bool = free(True)  # torch.compile the network, on a CUDA GPU only
     device: Literal[*DEVICES] = free("auto")  # auto: cuda or cpu; mps: Apple's GPU, untried
     deterministic: bool = free(False)  # on a CUDA GPU: the same numbers in each run, but slower
-    # The log
+    # Log
     log_every: int = free(100, least=1)  # steps between two points of the curves
     sample_every: int = free(5000, least=1)  # steps between two grids of samples
     num_samples: int = free(64, least=1)  # images in a grid
@@ -289,12 +280,9 @@ def train(config: Config) -> Path:
 
 def main() -> None:
     """The command line: Config's flags, and --demo."""
-    arguments = sys.argv[1:]
-    default = replace(Config(), **DEMO) if "--demo" in arguments else Config()
-    flags = [argument for argument in arguments if argument != "--demo"]
-    description = "Train a diffusion model on faces. --demo: synthetic ones, in minutes, on a CPU."
-    train(cli.parse(Config, flags, description, default))
+    demo = {"demo": ("train on synthetic faces, on a CPU, in minutes", DEMO)}
+    train(flags.parse(Config, sys.argv[1:], "Train a diffusion model on faces.", demo))
 
 
 if __name__ == "__main__":
-    cli.run(main, MEMORY)
+    flags.run(main, MEMORY)

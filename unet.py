@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from group_norm_cpu import group_norm
+from system.cpu import group_norm
 
 # Channel multipliers of the stages where none are given: the published networks at 32 (CIFAR-10),
 # 64 (CelebA, Song et al. 2020) and 256 px (LSUN), which serves from 128 on.

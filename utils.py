@@ -1,30 +1,33 @@
-"""Checkpoints: saved, checked, found, pruned.
+"""Checkpoints: saved, checked, found, pruned. Images: tensors to and from pixels, grids, files.
 
-A checkpoint is a file of `torch.save` whose end names the SHA-256 of all before it, so that one
+A checkpoint is a file of `torch.save` with a SHA-256 of its contents at its end, so that one
 flipped bit is noticed (`torch.load` notices none). It is written under a temporary name, synced,
-read back, and only then given its own: whatever happens, the newest good one stays.
+read back, and only then renamed: the newest good checkpoint always survives.
 """
 
 import contextlib
 import hashlib
 import io
+import math
 import re
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from torchvision.utils import make_grid
 
-from errors import (
+from system.errors import (
     CheckpointError,
     DivergedError,
     NewerFormatError,
     UserError,
     is_out_of_memory,
 )
-from files import sync, write_atomically
-from terminal import warn
+from system.files import sync, write_atomically
+from system.terminal import warn
 
 CHECKPOINT_FORMAT = 1
 PARTS = {"step": int, "settings": dict, "unet": dict, "diffusion": dict, "history": list}
@@ -262,3 +265,51 @@ def reading(path: Path, fix: str) -> Iterator[None]:
 def plain_keys(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """A state dict without the prefixes that DistributedDataParallel and torch.compile add."""
     return {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in weights.items()}
+
+
+# Images -------------------------------------------------------------------------------------------
+
+
+def to_x_0(pixels: Tensor, channels: int = 3) -> Tensor:
+    """(B, H, W, 3) uint8 to (B, channels, H, W) float32 in [-1, 1]; of grey images 1 is enough."""
+    pixels = (
+        pixels[..., :channels]
+        .permute(0, 3, 1, 2)
+        .to(torch.float32, memory_format=torch.contiguous_format)
+    )
+    return pixels.div_(127.5).sub_(1)
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """(..., 3, H, W) in [-1, 1] to (..., H, W, 3) uint8 in 0 ... 255, on the CPU. Of one channel
+    three equal ones are made: what follows, grids, files and features, knows colours only."""
+    pixels = (images.float().clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8)
+    pixels = pixels.movedim(-3, -1)
+    return pixels.expand(*pixels.shape[:-1], 3).contiguous().cpu()
+
+
+def image_grid(images: Tensor, columns: int = 0, labels: Sequence[str] = ()) -> Image.Image:
+    """One image of many. images: (N, C, H, W) in [-1, 1]; columns: 0 for as square as can be;
+    labels: a text for each row, to the left of it, which makes the grid a sheet."""
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    cells = to_uint8(images).movedim(-1, -3)
+    grid = make_grid(cells, nrow=columns, padding=2, pad_value=255)
+    grid = Image.fromarray(grid.permute(1, 2, 0).numpy())
+    if not labels:
+        return grid
+    height = images.shape[-2] + 2
+    font = ImageFont.load_default(size=max(9, min(16, height // 3)))
+    labels = [label.replace(" ", "  ") for label in labels]  # the font's space is narrow
+    margin = 8 + math.ceil(max(font.getlength(label) for label in labels))
+    sheet = Image.new("RGB", (margin + grid.width, grid.height), "white")
+    sheet.paste(grid, (margin, 0))
+    canvas = ImageDraw.Draw(sheet)
+    for row, label in enumerate(labels):
+        canvas.text((margin - 4, (row + 0.5) * height), label, "black", font, anchor="rm")
+    return sheet
+
+
+def save_image(image: Image.Image, path: Path, **options) -> None:
+    """Save an image in the format of its suffix, whole or not at all."""
+    format = Image.registered_extensions()[path.suffix.lower()]
+    write_atomically(path, lambda temporary: image.save(temporary, format=format, **options))

@@ -23,12 +23,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-import cli
 from benchmarks.common import Worker, machine, measure, ratio
 from benchmarks.peers import Ours, Row
-from errors import UsageError
-from settings import check_ranges, constant
-from terminal import table
+from system import flags
+from system.errors import UsageError
+from system.flags import check_ranges, constant
+from system.terminal import table
 from train import DEMO, Config
 
 SPIN = "GOMP_SPINCOUNT="
@@ -107,7 +107,7 @@ def compare(config: BusySpeedConfig) -> str:
 def main() -> None:
     """The command line: BusySpeedConfig's flags."""
     description = "How fast the demo trains on a CPU, alone and beside a busy process."
-    config = cli.parse(BusySpeedConfig, sys.argv[1:], description)
+    config = flags.parse(BusySpeedConfig, sys.argv[1:], description)
     about_machine = machine(torch.device("cpu"))
     print(f"\n{compare(config)}\n")
     print(f"{config.rounds} rounds of {config.steps} steps, medians")
@@ -115,4 +115,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    flags.run(main)

@@ -21,15 +21,15 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import cli
 from benchmarks.editing import distance
 from benchmarks.synthetic_features import FIRST, IMG_SIZE, NUM_FACES, classifier, render_faces
-from device import keep_freed_memory
-from errors import UsageError
+from dataset.synthetic import ATTRIBUTES, HAIRS
 from generate import Trained, generate, load_trained
-from settings import check_ranges, constant
-from synthetic import ATTRIBUTES, HAIRS
-from terminal import say, table
+from system import flags
+from system.device import keep_freed_memory
+from system.errors import UsageError
+from system.flags import check_ranges, constant
+from system.terminal import say, table
 
 NUM_UNSEEN = 2000  # faces to choose from that neither the network nor the classifier has seen
 
@@ -123,7 +123,7 @@ def measure_varied(config: AccuracyConfig, trained: Trained, judge: Judge) -> No
 
 def main() -> None:
     """Print one of the tables."""
-    config = cli.parse(AccuracyConfig, sys.argv[1:], "Do the faces have what was asked for?")
+    config = flags.parse(AccuracyConfig, sys.argv[1:], "Do the faces have what was asked for?")
     check_ranges(config)
     keep_freed_memory()
     trained = load_trained(config.checkpoint or None)
@@ -132,4 +132,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    flags.run(main)

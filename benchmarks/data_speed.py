@@ -32,8 +32,6 @@ from torchvision.datasets import ImageFolder
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import celeba
-import cli
 from benchmarks.common import (
     Worker,
     find_device,
@@ -44,12 +42,14 @@ from benchmarks.common import (
     seconds_of,
 )
 from benchmarks.peers import Ours
-from dataset import Batches, Faces, load_faces
-from decoding import face_box
-from prepared import PREPARED
-from settings import check_ranges, constant
-from sources import Files, find_source, open_files
-from terminal import table
+from dataset import celeba
+from dataset.decoding import face_box
+from dataset.faces import Batches, Faces, load_faces
+from dataset.prepared import PREPARED
+from dataset.sources import Files, find_source, open_files
+from system import flags
+from system.flags import check_ranges, constant
+from system.terminal import table
 from train import DEMO, Config
 
 WORKERS = (0, 2)  # processes of the DataLoader
@@ -247,7 +247,7 @@ def format_tables(config: DataSpeedConfig, seconds: dict, counts: dict, step_ms:
 def main() -> None:
     """The command line."""
     description = "How fast images become batches, beside torchvision's ImageFolder."
-    config = cli.parse(DataSpeedConfig, sys.argv[1:], description)
+    config = flags.parse(DataSpeedConfig, sys.argv[1:], description)
     check_ranges(config)
     if config.path_to_data:
         config = replace(config, path_to_data=str(Path(config.path_to_data).absolute()))
@@ -270,4 +270,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    flags.run(main)

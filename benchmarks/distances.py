@@ -19,17 +19,16 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import cli
 from benchmarks.common import machine
-from dataset import Faces, load_faces
-from errors import UsageError
-from files import check_writable, save_json
+from dataset.faces import Faces, load_faces
 from generate import Trained, add_guide, generate, load_trained
-from images import to_uint8
-from likelihood import loss_at_all_t
-from metrics import Features, find_features, frechet_distance
-from settings import check_ranges, constant
-from terminal import say, table
+from metrics import Features, find_features, frechet_distance, loss_at_all_t
+from system import flags
+from system.errors import UsageError
+from system.files import check_writable, save_json
+from system.flags import check_ranges, constant
+from system.terminal import say, table
+from utils import to_uint8
 
 
 @dataclass(frozen=True)
@@ -122,11 +121,11 @@ def measure(config: DistancesConfig) -> list[dict]:
 
 def main() -> None:
     """The command line: DistancesConfig's flags."""
-    config = cli.parse(DistancesConfig, sys.argv[1:], "Measure one checkpoint after another.")
+    config = flags.parse(DistancesConfig, sys.argv[1:], "Measure one checkpoint after another.")
     here = machine(torch.device("cpu"))
     measure(config)
     say(here)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    flags.run(main)

@@ -15,17 +15,17 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import cli
 from benchmarks.common import machine
-from dataset import Faces, load_faces
-from device import keep_freed_memory
+from dataset.faces import Faces, load_faces
 from editing import encode
-from errors import DataError
-from files import check_writable
 from generate import Trained, generate, load_trained
-from images import image_grid, save_image, to_x_0
-from settings import check_ranges, constant
-from terminal import say, table
+from system import flags
+from system.device import keep_freed_memory
+from system.errors import DataError
+from system.files import check_writable
+from system.flags import check_ranges, constant
+from system.terminal import say, table
+from utils import image_grid, save_image, to_x_0
 
 NUM_SHOWN = 6  # faces in a row of the sheet
 
@@ -133,7 +133,7 @@ def held_out(config: EditingConfig, trained: Trained, faces: Faces) -> Tensor:
 
 def main() -> None:
     """Print the tables."""
-    config = cli.parse(EditingConfig, sys.argv[1:], "How well does it repair and vary faces?")
+    config = flags.parse(EditingConfig, sys.argv[1:], "How well does it repair and vary faces?")
     check_ranges(config)
     check_writable(Path(config.out), "--out")
     keep_freed_memory()
@@ -151,4 +151,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    flags.run(main)

@@ -46,13 +46,13 @@ def install_missing(wheels: Path) -> None:
 if __name__ == "__main__" and "--wheels" in sys.argv[:-1]:  # before they are imported
     install_missing(Path(sys.argv[sys.argv.index("--wheels") + 1]))
 
-import cli
 from benchmarks.common import find_device, machine
 from benchmarks.gpu_parts import PARTS, GpuConfig, draw_pictures
-from errors import UsageError
-from files import save_json
-from settings import check_ranges
-from terminal import say, table
+from system import flags
+from system.errors import UsageError
+from system.files import save_json
+from system.flags import check_ranges
+from system.terminal import say, table
 
 
 def run_part(config: GpuConfig, name: str, seconds: float) -> dict:
@@ -123,7 +123,7 @@ def run_parts(config: GpuConfig) -> bool:
 def main() -> None:
     """The command line."""
     description = "Everything that only a GPU can tell. Parts: " + ", ".join(PARTS)
-    config = cli.parse(GpuConfig, sys.argv[1:], description)
+    config = flags.parse(GpuConfig, sys.argv[1:], description)
     check_ranges(config)
     if unknown := [name for name in config.parts if name not in PARTS]:
         raise UsageError("--parts", f"{unknown[0]!r} is none", f"choose of {', '.join(PARTS)}")
@@ -145,4 +145,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    flags.run(main)

@@ -18,8 +18,8 @@ from benchmarks.common import find_device, read_tables
 from benchmarks.peers import Ours, make_config
 from benchmarks.stopped_runs import stop_and_resume
 from generate import generate, load_trained
-from settings import constant
-from terminal import say
+from system.flags import constant
+from system.terminal import say
 from train import DEMO, Config, train
 from unet import CHANNEL_MULTS
 from utils import checkpoint_path, list_checkpoints, load_checkpoint, tensors_in

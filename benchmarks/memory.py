@@ -28,9 +28,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import cli
-from settings import check_ranges, constant
-from terminal import table
+from system import flags
+from system.flags import check_ranges, constant
+from system.terminal import table
 from unet import UNet
 
 BATCH = 7  # a prime that divides no width: tells what grows with the batch from what does not
@@ -150,11 +150,11 @@ def rows(config: MemoryConfig) -> list[list[str]]:
 def main() -> None:
     """The command line."""
     description = "What a training step keeps in a GPU's memory, and which batches fit."
-    config = cli.parse(MemoryConfig, sys.argv[1:], description)
+    config = flags.parse(MemoryConfig, sys.argv[1:], description)
     check_ranges(config)
     columns = ["px", "M weights", "GB for them", "MB for an image"]
     print(table([*columns, *(f"{gpu} GB" for gpu in config.gpus)], rows(config)))
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    flags.run(main)

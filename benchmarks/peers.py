@@ -14,14 +14,14 @@ from torch.nn.utils import clip_grad_norm_
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.common import empty_cache, peak_memory, seconds_of
-from dataset import Batches, Faces
-from device import autocast_dtype, set_up_device
-from diffusers_format import to_diffusers
+from dataset.faces import Batches, Faces
 from diffusion import Diffusion
-from errors import UsageError
-from safety import Watch
-from state import diffusion_arguments, make_state, unet_arguments
-from threads import a_core_each
+from engine.safety import Watch
+from engine.state import diffusion_arguments, make_state, unet_arguments
+from formats.diffusers_format import to_diffusers
+from system.device import autocast_dtype, set_up_device
+from system.errors import UsageError
+from system.threads import a_core_each
 from train import Config, check_config, train_step
 from unet import UNet, default_channel_mults
 

@@ -22,12 +22,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-import cli
 from benchmarks.common import Worker, machine, measure, ratio, seconds_of
 from benchmarks.peers import Ours
-from processes import Processes
-from settings import check_ranges, constant
-from terminal import table
+from system import flags
+from system.flags import check_ranges, constant
+from system.processes import Processes
+from system.terminal import table
 from train import DEMO, Config, train_step
 
 CPU = torch.device("cpu")
@@ -122,7 +122,7 @@ def compare(config: ProcessesSpeedConfig) -> str:
 def main() -> None:
     """The command line: ProcessesSpeedConfig's flags."""
     description = "How fast the demo trains in several processes, beside one of several threads."
-    config = cli.parse(ProcessesSpeedConfig, sys.argv[1:], description)
+    config = flags.parse(ProcessesSpeedConfig, sys.argv[1:], description)
     about_machine = machine(CPU)
     print(f"\n{compare(config)}")
     print(f"{config.rounds} rounds of {config.steps} steps, medians")
@@ -130,4 +130,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    flags.run(main)

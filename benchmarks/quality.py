@@ -30,16 +30,12 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import cli
 import evaluate
 from benchmarks.common import find_device, machine
 from benchmarks.peers import DTYPES, DenoisingDiffusionPytorch, Diffusers, make_config
 from benchmarks.sample_speed import generate_with_diffusers
-from dataset import Batches, Faces, load_faces
-from device import autocast_dtype
-from errors import UsageError
+from dataset.faces import Batches, Faces, load_faces
 from evaluate import EvaluateConfig
-from files import check_writable, save_json
 from generate import (
     Generated,
     add_guide,
@@ -49,8 +45,12 @@ from generate import (
     read_generated,
 )
 from metrics import find_features
-from settings import check_ranges, constant
-from terminal import say
+from system import flags
+from system.device import autocast_dtype
+from system.errors import UsageError
+from system.files import check_writable, save_json
+from system.flags import check_ranges, constant
+from system.terminal import say
 from train import Config
 from utils import load_checkpoint, save_checkpoint
 
@@ -247,8 +247,8 @@ def compare(config: QualityConfig) -> Path:
 def main() -> None:
     """The command line: QualityConfig's flags."""
     description = "Compare a run's images with its peers' after the same minutes of training."
-    compare(cli.parse(QualityConfig, sys.argv[1:], description))
+    compare(flags.parse(QualityConfig, sys.argv[1:], description))
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    flags.run(main)

@@ -22,17 +22,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import cli
 from benchmarks.common import machine
 from benchmarks.distances import cells, distances
-from dataset import load_faces
+from dataset.faces import load_faces
 from diffusion import Diffusion
-from errors import UsageError
-from files import save_json
+from engine.state import diffusion_arguments, make_state
 from generate import load_trained
 from metrics import Features, find_features
-from state import diffusion_arguments, make_state
-from terminal import say, table
+from system import flags
+from system.errors import UsageError
+from system.files import save_json
+from system.terminal import say, table
 from train import DEMO, Config, train, train_step
 
 
@@ -54,14 +54,14 @@ class Recipes:
 
 def read_recipe(text: str) -> Config:
     """The demo's constants with a recipe's laid over them. Raises UsageError."""
-    flags = []
+    changed = []
     for change in text.split():
         name, equals, value = change.partition("=")
         if not (name and equals):
             fix = "write name=value, as in learning_rate=2e-3 channel_mults=1,2,4"
             raise UsageError("--recipes", f"{change!r} is not of the form name=value", fix)
-        flags += [f"--{name}", *filter(None, value.split(","))]
-    return cli.parse(Config, flags, "A recipe.", replace(Config(), **DEMO))
+        changed += [f"--{name}", *filter(None, value.split(","))]
+    return flags.parse(Config, changed, "A recipe.", replace(Config(), **DEMO))
 
 
 def update_flops(config: Config) -> int:
@@ -125,11 +125,11 @@ def compare(wish: Recipes) -> Path:
 
 def main() -> None:
     """The command line: Recipes' flags."""
-    wish = cli.parse(Recipes, sys.argv[1:], "Compare recipes of training at equal FLOPs.")
+    wish = flags.parse(Recipes, sys.argv[1:], "Compare recipes of training at equal FLOPs.")
     here = machine(torch.device("cpu"))
     compare(wish)
     say(here)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    flags.run(main)

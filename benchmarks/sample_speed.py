@@ -29,7 +29,6 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import cli
 import samplers
 from benchmarks.common import (
     Worker,
@@ -41,13 +40,14 @@ from benchmarks.common import (
     seconds_of,
 )
 from benchmarks.peers import diffusers_network, make_config
-from device import autocast_dtype, keep_freed_memory
 from diffusion import Diffusion
-from errors import UsageError
+from engine.state import diffusion_arguments, unet_arguments
 from generate import generate, load_trained
-from settings import check_ranges, constant
-from state import diffusion_arguments, unet_arguments
-from terminal import table
+from system import flags
+from system.device import autocast_dtype, keep_freed_memory
+from system.errors import UsageError
+from system.flags import check_ranges, constant
+from system.terminal import table
 from train import Config
 from unet import UNet
 from utils import save_checkpoint
@@ -243,7 +243,7 @@ def run_rows(config: SampleSpeedConfig, path: Path, device: torch.device) -> lis
 def main() -> None:
     """The command line."""
     description = "How fast this project generates images, beside diffusers with the same weights."
-    config = cli.parse(SampleSpeedConfig, sys.argv[1:], description)
+    config = flags.parse(SampleSpeedConfig, sys.argv[1:], description)
     train_config, device = config_of(config), find_device(config.device)
     about_machine = machine(device)
     with tempfile.TemporaryDirectory() as folder:
@@ -260,4 +260,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    flags.run(main)

@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from terminal import say
+from system.terminal import say
 from utils import list_checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,7 +41,7 @@ sys.path.insert(0, {root!r})
 import accelerate, cli, train
 options = accelerate.InitProcessGroupKwargs
 accelerate.InitProcessGroupKwargs = functools.partial(options, backend="gloo")
-cli.run(train.main)
+flags.run(train.main)
 """
 
 

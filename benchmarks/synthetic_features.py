@@ -19,11 +19,10 @@ from tqdm import trange
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import synthetic
-from images import to_x_0
-from prepared import PREPARED
-from terminal import say
-from utils import load_checkpoint, save_checkpoint
+from dataset import synthetic
+from dataset.prepared import PREPARED
+from system.terminal import say
+from utils import load_checkpoint, save_checkpoint, to_x_0
 
 IMG_SIZE = 32  # pixels of a side
 FIRST = 1_000_000  # its faces begin here, far from those that models are trained on

@@ -27,7 +27,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import cli
 from benchmarks.common import Worker, find_device, machine, measure, ratio
 from benchmarks.peers import (
     DenoisingDiffusionPytorch,
@@ -36,9 +35,10 @@ from benchmarks.peers import (
     Ours,
     make_config,
 )
-from errors import UsageError
-from settings import check_ranges, constant
-from terminal import table
+from system import flags
+from system.errors import UsageError
+from system.flags import check_ranges, constant
+from system.terminal import table
 from train import Config
 
 ROWS = {
@@ -214,7 +214,7 @@ def main() -> None:
     """The command line."""
     rows = "\n\n".join(f"{name}: {about}." for name, about in ROWS.items())
     description = f"How fast this project trains, beside its peers. Rows:\n\n{rows}"
-    config = cli.parse(TrainSpeedConfig, sys.argv[1:], description)
+    config = flags.parse(TrainSpeedConfig, sys.argv[1:], description)
     device = find_device(config.device)
     about_machine = machine(device)
     measured, rates, parts = run_rows(config, device)
@@ -233,4 +233,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    flags.run(main)

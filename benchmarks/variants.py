@@ -26,15 +26,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import cli
 import unet
 from benchmarks.common import Worker, empty_cache, find_device, machine, measure, ratio, seconds_of
 from benchmarks.peers import Ours, make_config
-from errors import UsageError
 from generate import cast_weights
-from processes import change_tensors
-from settings import check_ranges, constant
-from terminal import table
+from system import flags
+from system.errors import UsageError
+from system.flags import check_ranges, constant
+from system.processes import change_tensors
+from system.terminal import table
 from train import Config
 from utils import save_checkpoint
 
@@ -203,7 +203,7 @@ def compare(config: VariantsConfig, device: torch.device) -> str:
 def main() -> None:
     """The command line: VariantsConfig's flags."""
     description = f"Other ways to compute this project's step. Variants: {', '.join(VARIANTS)}"
-    config = cli.parse(VariantsConfig, sys.argv[1:], description)
+    config = flags.parse(VariantsConfig, sys.argv[1:], description)
     device = find_device(config.device)
     about_machine = machine(device)
     print(f"\n{compare(config, device)}\n")
@@ -212,4 +212,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    flags.run(main)

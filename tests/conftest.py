@@ -61,7 +61,7 @@ def quick_runs(monkeypatch):
     """Tiny tensors are slower on two threads than on one, and half of a tiny run would be spent on
     its held-out loss."""
     torch.set_num_threads(1)
-    monkeypatch.setattr("run.LOSS_TIMESTEPS", 2)
+    monkeypatch.setattr("engine.session.LOSS_TIMESTEPS", 2)
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ def write_pictures(folder: Path, count: int) -> None:
         Image.fromarray(pixels).save(folder / "pictures" / f"{i:03d}.png")
 
 
-def flags(settings: dict) -> list[str]:
+def as_flags(settings: dict) -> list[str]:
     """A Config's values as command-line flags."""
     words = []
     for name, value in settings.items():

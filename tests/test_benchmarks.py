@@ -15,7 +15,6 @@ from conftest import TINY, assert_error, run_script, tensors_equal
 from PIL import Image
 from torch import nn
 
-import sources
 from benchmarks import (
     conditional_accuracy,
     data_speed,
@@ -27,12 +26,13 @@ from benchmarks import (
 )
 from benchmarks.common import Worker, measure, ratio, read_tables
 from benchmarks.peers import diffusers_network, forward_flops, make_config
-from dataset import Batches, load_faces
-from device import autocast_dtype
-from errors import UsageError
+from dataset import sources
+from dataset.faces import Batches, load_faces
 from generate import generate
 from metrics import Features
-from terminal import table
+from system.device import autocast_dtype
+from system.errors import UsageError
+from system.terminal import table
 from train import Config, train
 from utils import list_checkpoints, load_checkpoint
 

@@ -3,17 +3,17 @@
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, assert_error, flags, run_script, tensors_equal, tiny
+from conftest import TINY, as_flags, assert_error, run_script, tensors_equal, tiny
 from PIL import Image
 
-import dataset
-import sources
 from convert import ConvertConfig, convert
-from dataset import drop_attributes, load_faces
-from errors import CheckpointError, UsageError
+from dataset import faces as dataset
+from dataset import sources
+from dataset.faces import drop_attributes, load_faces
 from generate import draw_attributes, generate, load_trained, sheet_rows
 from sample import SampleConfig, sample
 from samplers import SAMPLERS
+from system.errors import CheckpointError, UsageError
 from train import Config, check_config, train
 from utils import checkpoint_path, list_checkpoints, load_checkpoint, save_checkpoint
 
@@ -205,13 +205,13 @@ def test_only_trains_on_the_matching_faces(capsys):
     ],
 )
 def test_bad_flags_in_training_are_one_line(changes, code, parts):
-    result = run_script("train.py", *flags({**TINY, "path_to_data": "synthetic", **changes}))
+    result = run_script("train.py", *as_flags({**TINY, "path_to_data": "synthetic", **changes}))
     assert_error(result, code, *parts)
     assert not list_checkpoints(dataset.Path("run"))
 
 
 def test_attributes_of_images_that_have_none_are_refused(here):
-    result = run_script("train.py", *flags({**TINY, "attributes": ("Smiling",)}))
+    result = run_script("train.py", *as_flags({**TINY, "attributes": ("Smiling",)}))
     assert_error(result, 3, "attributes")
 
 

@@ -9,15 +9,15 @@ from conftest import tiny, write_pictures
 from PIL import Image
 
 import sample as sample_module
-from decoding import crop_face
+from dataset.decoding import crop_face
 from diffusion import Diffusion
 from editing import between, encode, noise_of, read_image, read_mask
-from errors import DataError, UserError
 from generate import generate, load_trained
-from images import to_uint8
 from sample import SampleConfig, sample
 from samplers import IMAGE, SAMPLERS, resampled
+from system.errors import DataError, UserError
 from train import train
+from utils import to_uint8
 
 SIZE = 8
 
@@ -192,7 +192,7 @@ def test_the_stronger_the_change_the_further_from_the_image(sampler):
 
 
 def test_image_of_ones_own_goes_with_attributes_guidance_and_guide(here, monkeypatch):
-    monkeypatch.setattr("sources.NUM_SYNTHETIC", 40)
+    monkeypatch.setattr("dataset.sources.NUM_SYNTHETIC", 40)
     train(tiny(learning_rate=0.01, path_to_data="synthetic", attributes=("Smiling", "Male")))
     Image.new("RGB", (20, 20), "teal").save("face.png")
     guide = "run/checkpoints/step_00000003.pt"

@@ -9,22 +9,20 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, assert_error, flags, needs_posix, run_script, write_pictures
+from conftest import TINY, as_flags, assert_error, needs_posix, run_script, write_pictures
 from PIL import Image
 from test_processes import fork, join, said
 
 import evaluate as evaluate_module
-import sources
-from dataset import load_faces
+from dataset import sources
+from dataset.faces import load_faces
 from diffusion import Diffusion
-from errors import DataError, UserError
 from evaluate import EvaluateConfig, evaluate, split_real
 from generate import Generated, generate, keep_generated, load_trained, read_generated
-from images import to_uint8
-from likelihood import held_out_loss, loss_at_all_t
-from metrics import find_features, measure_images
+from metrics import find_features, held_out_loss, loss_at_all_t, measure_images
+from system.errors import DataError, UserError
 from train import Config, train
-from utils import checkpoint_path, load_checkpoint, save_checkpoint
+from utils import checkpoint_path, load_checkpoint, save_checkpoint, to_uint8
 
 DATA = TINY["path_to_data"]
 SMALL = EvaluateConfig(
@@ -38,8 +36,8 @@ SMALL = EvaluateConfig(
 )
 
 
-def as_flags(config: EvaluateConfig) -> list[str]:
-    return flags({field.name: getattr(config, field.name) for field in fields(config)})
+def evaluate_flags(config: EvaluateConfig) -> list[str]:
+    return as_flags({field.name: getattr(config, field.name) for field in fields(config)})
 
 
 @pytest.fixture(scope="module")
@@ -258,7 +256,7 @@ def test_checkpoint_without_average_is_one_line(run):
     state = load_checkpoint(checkpoint_path(run, 6))
     del state["ema"], state["format"]
     save_checkpoint(checkpoint_path(run, 6), state)
-    assert_error(run_script("evaluate.py", *as_flags(SMALL), new=True), 4, "lacks 'ema'")
+    assert_error(run_script("evaluate.py", *evaluate_flags(SMALL), new=True), 4, "lacks 'ema'")
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])

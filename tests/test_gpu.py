@@ -11,12 +11,11 @@ import pytest
 import torch
 from conftest import needs_posix, run_script
 
-import cli
 import unet
 from benchmarks import gpu, gpu_parts, peers, sample_speed, train_speed, variants
 from benchmarks.common import read_tables
 from benchmarks.gpu_parts import PARTS, GpuConfig
-from errors import UsageError
+from system.errors import UsageError
 
 TOY = GpuConfig(toy=True, device="cpu", out="out")
 
@@ -66,14 +65,14 @@ def test_the_commands_of_the_benchmarks_are_understood(monkeypatch, toy):
             part.find_out(config)
     for script, *flags in commands:
         if "train_speed" in script:
-            asked = cli.parse(train_speed.TrainSpeedConfig, flags, "")
+            asked = flags.parse(train_speed.TrainSpeedConfig, flags, "")
             assert set(asked.rows) <= set(train_speed.ROWS)
             train_speed.config_of(asked)
         elif "variants" in script:
-            asked = cli.parse(variants.VariantsConfig, flags, "")
+            asked = flags.parse(variants.VariantsConfig, flags, "")
             assert set(asked.variants) <= set(variants.VARIANTS)
         else:
-            sample_speed.config_of(cli.parse(sample_speed.SampleSpeedConfig, flags, ""))
+            sample_speed.config_of(flags.parse(sample_speed.SampleSpeedConfig, flags, ""))
     assert [Path(command[0]).name for command in commands].count("train_speed.py") == 2
 
 

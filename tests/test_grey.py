@@ -13,14 +13,13 @@ from PIL import Image
 from benchmarks import editing, quality
 from benchmarks.common import read_tables
 from convert import ConvertConfig, convert
-from dataset import Batches, load_faces
-from errors import UsageError
+from dataset.faces import Batches, load_faces
 from evaluate import EvaluateConfig, evaluate
 from generate import generate, load_trained
-from images import to_uint8
 from sample import SampleConfig, sample
+from system.errors import UsageError
 from train import train
-from utils import find_checkpoint, load_checkpoint, save_checkpoint
+from utils import find_checkpoint, load_checkpoint, save_checkpoint, to_uint8
 
 MODES = ("L", "1", "LA", "P")
 

@@ -10,11 +10,11 @@ from conftest import TINY
 from torch import nn
 
 from diffusion import Diffusion, draw_noise, image_generators
-from images import to_x_0
-from likelihood import HeldOutLoss, decoder_bits, held_out_loss, prior_bits, terms
-from state import unet_arguments
+from engine.state import unet_arguments
+from metrics import HeldOutLoss, decoder_bits, held_out_loss, prior_bits, terms
 from train import Config
 from unet import UNet
+from utils import to_x_0
 
 SPREAD = 0.25  # standard deviation of the pixels of a toy image, which are independent
 

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from errors import ResourceError, UsageError
 from metrics import (
     Features,
     copies,
@@ -20,6 +19,7 @@ from metrics import (
     nearest_pixels,
     nearest_vectors,
 )
+from system.errors import ResourceError, UsageError
 
 
 def vectors(count: int, seed: int, shift: float = 0.0) -> np.ndarray:

@@ -10,7 +10,7 @@ from conftest import ROOT
 from nbclient import NotebookClient
 from PIL import Image
 
-from synthetic import ATTRIBUTES, render_face
+from dataset.synthetic import ATTRIBUTES, render_face
 
 PATH = ROOT / "ddpm_test.ipynb"
 TOUR = nbformat.read(PATH, as_version=4)

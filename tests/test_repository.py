@@ -13,14 +13,13 @@ import pytest
 import yaml
 from conftest import ROOT, tiny, write_pictures
 
-import cli
 import convert
 import evaluate
 import sample
-import settings
 from convert import ConvertConfig
 from evaluate import EvaluateConfig
 from sample import SampleConfig
+from system import flags
 from train import DEMO, Config, check_config, train
 
 DOCUMENTS = ["README.md", "RESULTS.md", "benchmarks/README.md", "weights/README.md"]
@@ -126,8 +125,8 @@ def test_each_module_imports_only_what_the_design_allows():
 
 
 def test_table_of_constants_is_what_the_code_gives():
-    """python -c "import settings, train; print(settings.markdown(train.Config))" writes it."""
-    assert settings.markdown(Config) in TEXTS["docs/constants.md"]
+    """python -c "import settings, train; print(flags.markdown(train.Config))" writes it."""
+    assert flags.markdown(Config) in TEXTS["docs/constants.md"]
 
 
 def test_readme_is_short_and_its_constants_are_rows_of_the_table():
@@ -153,7 +152,7 @@ def test_every_flag_in_the_documents_exists():
     commands = (Config, SampleConfig, EvaluateConfig, ConvertConfig)
     known = set.union(*map(flag_names, commands)) | {"demo", "help"}
     for path in ROOT.glob("benchmarks/*.py"):
-        if "cli.parse(" in path.read_text(encoding="utf-8"):
+        if "flags.parse(" in path.read_text(encoding="utf-8"):
             known |= flag_names(benchmark_config(path.stem))
     others = {"logdir", "num_processes", "cpu", "num_machines", "machine_rank"}  # of other programs
     others |= {"nnodes", "node_rank", "master_addr", "master_port", "max_restarts", "multi_gpu"}
@@ -174,17 +173,17 @@ def test_every_command_of_a_script_is_understood(command):
     at = next(i for i, word in enumerate(words) if word.endswith(".py"))
     script, flags = words[at], words[at + 1 :]
     if script == "sample.py":
-        sample.check_config(cli.parse(SampleConfig, flags, ""))
+        sample.check_config(flags.parse(SampleConfig, flags, ""))
     elif script == "evaluate.py":
-        evaluate.check_config(cli.parse(EvaluateConfig, flags, ""))
+        evaluate.check_config(flags.parse(EvaluateConfig, flags, ""))
     elif script == "convert.py":
-        convert.check_config(cli.parse(ConvertConfig, flags, ""))
+        convert.check_config(flags.parse(ConvertConfig, flags, ""))
     elif script.startswith("benchmarks/"):
-        cli.parse(benchmark_config(Path(script).stem), flags, "")
+        flags.parse(benchmark_config(Path(script).stem), flags, "")
     else:
         assert script == "train.py"
         default = replace(Config(), **DEMO) if "--demo" in flags else Config()
-        check_config(cli.parse(Config, [f for f in flags if f != "--demo"], "", default))
+        check_config(flags.parse(Config, [f for f in flags if f != "--demo"], "", default))
 
 
 def test_other_commands_name_files_that_exist():

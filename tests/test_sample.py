@@ -17,7 +17,6 @@ from conftest import assert_error, needs_posix, run_script, tensors_equal, tiny,
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import cli
 from benchmarks.conditional_accuracy import AccuracyConfig
 from benchmarks.data_speed import DataSpeedConfig
 from benchmarks.editing import EditingConfig
@@ -25,11 +24,12 @@ from benchmarks.quality import QualityConfig
 from benchmarks.sample_speed import SampleSpeedConfig
 from benchmarks.train_speed import TrainSpeedConfig
 from convert import ConvertConfig, convert
-from errors import CheckpointError, UsageError, UserError, is_out_of_memory
 from evaluate import EvaluateConfig
 from generate import add_guide, generate, load_trained
 from sample import SampleConfig, main, sample
 from samplers import SAMPLERS
+from system import flags
+from system.errors import CheckpointError, UsageError, UserError, is_out_of_memory
 from train import Config, train
 from unet import GroupNorm
 from utils import (
@@ -155,8 +155,8 @@ def test_png_is_a_grid_gif_the_way_folder_single_images(run):
 def test_seed_sampler_steps_and_eta_change_the_images(run):
     first = saved_images()
     np.testing.assert_array_equal(first, saved_images())
-    for flags in (dict(seed=1), dict(sampler="ddim"), dict(sampler="ddpm"), dict(steps=9)):
-        assert not np.array_equal(first, saved_images(**flags)), flags
+    for change in (dict(seed=1), dict(sampler="ddim"), dict(sampler="ddpm"), dict(steps=9)):
+        assert not np.array_equal(first, saved_images(**change)), change
     a, b = saved_images(sampler="ddim"), saved_images(sampler="ddim", eta=1.0)
     assert not np.array_equal(a, b)
 
@@ -272,7 +272,7 @@ COMMANDS += [DataSpeedConfig, QualityConfig, AccuracyConfig, EditingConfig]
 def test_every_flag_has_a_help_text(cls, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")
     with pytest.raises(SystemExit):
-        cli.parse(cls, ["--help"], "")
+        flags.parse(cls, ["--help"], "")
     shown = " ".join(re.sub("[^ -~]", " ", capsys.readouterr().out).split())
     comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(cls), re.MULTILINE))
     for field in fields(cls):

@@ -9,20 +9,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, assert_error, flags, run_script, tensors_equal, tiny
+from conftest import ROOT, TINY, as_flags, assert_error, run_script, tensors_equal, tiny
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train as train_module
-from cli import parse
-from dataset import Batches, load_faces
+from dataset.faces import Batches, load_faces
 from diffusion import Diffusion
-from errors import UsageError
+from engine.state import diffusion_arguments, make_state, unet_arguments
 from generate import load_trained
-from processes import Processes
 from sample import SampleConfig, sample
-from settings import before, fill, fixed
-from state import diffusion_arguments, make_state, unet_arguments
+from system.errors import UsageError
+from system.flags import before, fill, fixed, parse
+from system.processes import Processes
 from train import DEMO, Config, check_config, learning_rate, train, train_step
 from unet import UNet
 from utils import checkpoint_path, list_checkpoints, load_checkpoint, save_checkpoint
@@ -368,10 +367,10 @@ def test_help_lists_every_constant_with_its_default_and_meaning(monkeypatch):
 
 def test_command_line_trains_resumes_and_samples(here, unbroken):
     settings = {**TINY, "num_training_steps": 3}
-    result = run_script("train.py", *flags(settings), new=True)
+    result = run_script("train.py", *as_flags(settings), new=True)
     assert result.returncode == 0, result.stderr
     assert "step 3/3" in result.stdout and "\r" not in result.stdout + result.stderr
-    result = run_script("train.py", *flags({**TINY, "resume": True}))
+    result = run_script("train.py", *as_flags({**TINY, "resume": True}))
     assert result.returncode == 0 and "resumed run/checkpoints/step_00000003.pt" in result.stdout
     words = ["--num_images", "4", "--steps", "3", "--out", "faces.png"]
     result = run_script("sample.py", *words, new=True)
@@ -381,7 +380,7 @@ def test_command_line_trains_resumes_and_samples(here, unbroken):
 
 
 def test_hyphens_work_as_well_as_underscores(here):
-    words = [w.replace("_", "-") if w.startswith("--") else w for w in flags(TINY)]
+    words = [w.replace("_", "-") if w.startswith("--") else w for w in as_flags(TINY)]
     assert run_script("train.py", *words, "--num-training-steps", "1").returncode == 0
 
 
