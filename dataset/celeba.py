@@ -1,4 +1,4 @@
-"""CelebA: its lists, the layouts it is passed on in, and its download.
+"""CelebA: its lists, the layouts in which it is distributed, and its download.
 
 Liu et al. 2015, "Deep Learning Face Attributes in the Wild": 202,599 aligned faces of 178x218 with
 40 attributes each, for non-commercial research. Its layouts:
@@ -7,7 +7,7 @@ Liu et al. 2015, "Deep Learning Face Attributes in the Wild": 202,599 aligned fa
     celeba/ with the same in it                     (torchvision)
     archive.zip, or its contents: img_align_celeba/img_align_celeba/, list_attr_celeba.csv  (Kaggle)
 
-list_eval_partition.txt or .csv, where it is there, says which faces are kept out of training.
+If list_eval_partition.txt or .csv is there, it says which faces are kept out of training.
 """
 
 import errno
@@ -22,9 +22,8 @@ import numpy as np
 from system.errors import DataError, ResourceError
 from system.terminal import say
 
-FOLDER = Path("data")  # where it is downloaded to, if that is absent or empty; nowhere else
-ARCHIVES = ("img_align_celeba.zip", "archive.zip")  # as the authors and as Kaggle name it
-DRIVE_FILES = ("img_align_celeba.zip", "list_attr_celeba.txt", "list_eval_partition.txt")
+FOLDER = Path("data")  # CelebA is downloaded here if it is absent or empty, and nowhere else
+ARCHIVES = ("img_align_celeba.zip", "archive.zip")  # the authors' name and Kaggle's
 KAGGLE = "jessicali9530/celeba-dataset"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 
@@ -44,13 +43,13 @@ def locate(path: Path) -> Path:
 
 
 class Table:
-    """A list of CelebA's, .txt or Kaggle's .csv: a row for each image, of attributes that are
-    1 (has it) or -1, or of its partition: 0 (train), 1 (validation) or 2 (test)."""
+    """A list of CelebA's, .txt or Kaggle's .csv, with one row for each image: its attributes, 1
+    (has it) or -1, or its partition, 0 (train), 1 (validation) or 2 (test)."""
 
     def __init__(self, where: str, read: Callable[[], bytes]):
         try:
             text = read().decode("utf-8-sig")
-        except Exception as error:  # of the file system, of a damaged archive, of no text at all
+        except Exception as error:  # from the file system, a damaged archive, or bytes of no text
             raise DataError(where, f"cannot be read ({error})", "get this list again") from error
         lines = [line for line in map(str.strip, text.splitlines()) if line]
         comma = "," if lines and "," in lines[0] else None  # Kaggle's; else white space
@@ -58,7 +57,7 @@ class Table:
             self.columns, lines = lines[0].split(comma)[1:], lines[1:]
         elif len(lines) > 1 and lines[0].isdigit():  # the count, the names, the rows
             self.columns, lines = lines[1].split(), lines[2:]
-        else:  # list_eval_partition.txt has no head
+        else:  # list_eval_partition.txt has no header
             self.columns = ["partition"]
         if not lines:
             raise DataError(where, "is empty", "get this list again")
@@ -70,10 +69,10 @@ class Table:
         self, stems: Sequence[str], columns: Sequence[str], allowed: Sequence[int]
     ) -> np.ndarray:
         """Return (len(stems), len(columns)) int8. Raises DataError on missing or damaged rows, and
-        on other values than the `allowed` ones."""
+        on values that are not `allowed`."""
         if len(set(stems)) < len(stems):
             twice = next(name for name in stems if stems.count(name) > 1)
-            fix = "give each a name of its own"
+            fix = "give every image its own name"
             raise DataError(self.where, f"has one row for several images named {twice}", fix)
         try:
             if any(len(row.split()) != len(self.columns) for row in self._numbers):
@@ -84,11 +83,12 @@ class Table:
         except ValueError:
             raise DataError(self.where, "is damaged", "get this list again") from None
         except KeyError as error:
-            fix = "remove that image, or get the whole list"
+            fix = "remove that image, or get the complete list"
             raise DataError(self.where, f"has no row for image {error}", fix) from None
         values = table[rows][:, [self.columns.index(name) for name in columns]]
         if not np.isin(values, allowed).all():
-            raise DataError(self.where, f"holds other values than {allowed}", "get this list again")
+            what = f"contains values other than {allowed}"
+            raise DataError(self.where, what, "get this list again")
         return values.astype(np.int8)
 
 
@@ -98,7 +98,7 @@ def is_list(name: str) -> bool:
 
 
 def stem(name: str) -> str:
-    """000001 of img_align_celeba/000001.jpg, as the lists know it: it also comes as .png."""
+    """Return 000001 for img_align_celeba/000001.jpg. The lists say .jpg; PNG copies exist."""
     return os.path.splitext(name.rpartition("/")[2])[0]
 
 
@@ -107,13 +107,13 @@ def find_lists(
 ) -> tuple[Table | None, Table | None, bool]:
     """Return the tables of attributes and of the partition, and whether the images are aligned.
 
-    where: a folder or archive; files: what it holds, images and lists. Raises DataError where
-    listed images are not there."""
+    where: a folder or archive; files: its images and lists. Raises DataError if listed images are
+    missing."""
     stems = [stem(name) for name in files if not is_list(name)]
     celeba = any("img_align_celeba" in f"{where.name}/{name}" for name in files[:1])
 
     def table(title: str) -> Table | None:
-        """The list of that name among the files or, of CelebA, beside them."""
+        """The list with that name among the files or, for CelebA, beside them."""
         for name in (f"{title}.txt", f"{title}.csv"):
             inside = [file for file in files if file.rpartition("/")[2] == name]
             beside = where.parent / name
@@ -129,7 +129,7 @@ def find_lists(
         there = len(listed & set(stems))
         if there < len(listed):
             what = f"only {there:,} of the {len(listed):,} images listed here are in {where}"
-            fix = "complete them, or remove the other rows or this list to train on these only"
+            fix = "add the missing images, or remove their rows or this list"
             raise DataError(attributes.where, what, fix)
     return attributes, partition, celeba or attributes is not None
 
@@ -138,45 +138,30 @@ def find_lists(
 
 
 def download(folder: Path, check: Callable[[Path], object]) -> Path:
-    """Download CelebA into `folder`, from Kaggle or else Google Drive; return where it lies.
+    """Download CelebA from Kaggle into `folder`; return the path of the data.
 
-    check: called with the folder, raises where that holds no usable data. Raises DataError where
-    no site gives it, ResourceError where there is no room for it."""
-    temporary = folder / ".download"  # renamed at the end, so that half of it is never the data
-    failures = []
-    for site, fetch in (("Kaggle", _from_kaggle), ("Google Drive", _from_google_drive)):
-        try:
-            say(f"{folder}: no data, downloading CelebA, 1.4 GB, from {site}")
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            found = fetch(temporary)
-            check(found)  # "quota exceeded" comes as a file, too
-            return found.rename(folder / "celeba") if found.samefile(temporary) else found
-        except Exception as error:  # each of the libraries has its own, the network's among them
-            if isinstance(error, OSError) and error.errno in NO_ROOM:
-                what = f"cannot hold CelebA, 3,000,000,000 bytes ({error.strerror})"
-                fix = f"make room, or let {folder} be a link to a folder on another disk"
-                raise ResourceError(folder, what, fix) from error
-            reason = str(error).partition(". Fix: ")[0]
-            failures.append(f"{site}: {' '.join(reason.split())[:160]}")
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    what = f"holds no data, and CelebA could not be downloaded ({'; '.join(failures)})"
-    page = f"https://www.kaggle.com/datasets/{KAGGLE}"
-    raise DataError(folder, what, f"put the archive.zip of {page} there, or start with --demo")
+    check: called with the folder, raises if that has no usable data. Raises DataError if the
+    download fails, ResourceError if the disk has no room for it."""
+    import kagglehub  # takes a second to import, which only a download should cost
 
-
-def _from_kaggle(folder: Path) -> Path:
-    import kagglehub  # here: a second that only a download should cost
-
-    # On Kaggle's and Colab's own machines this returns a folder of theirs, not the one asked for.
-    return Path(kagglehub.dataset_download(KAGGLE, output_dir=str(folder)))
-
-
-def _from_google_drive(folder: Path) -> Path:
-    from torchvision.datasets import CelebA, utils
-
-    for file_id, md5, name in CelebA.file_list:
-        if name in DRIVE_FILES:
-            utils.download_file_from_google_drive(file_id, folder, name, md5)
-    return folder
+    temporary = folder / ".download"  # renamed at the end: half a download is never the data
+    say(f"{folder}: no data, downloading CelebA, 1.4 GB, from Kaggle")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        # Kaggle's and Colab's own machines return a folder of theirs, not the one asked for.
+        found = Path(kagglehub.dataset_download(KAGGLE, output_dir=str(temporary)))
+        check(found)
+        return found.rename(folder / "celeba") if found.samefile(temporary) else found
+    except Exception as error:  # kagglehub and the network raise nearly anything
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            what = f"cannot hold CelebA, 3,000,000,000 bytes ({error.strerror})"
+            fix = f"make room, or let {folder} be a link to a folder on another disk"
+            raise ResourceError(folder, what, fix) from error
+        reason = " ".join(str(error).partition(". Fix: ")[0].split())[:160]
+        what = f"holds no data, and CelebA could not be downloaded from Kaggle ({reason})"
+        page = f"https://www.kaggle.com/datasets/{KAGGLE}"
+        fix = f"put the archive.zip of {page} there, or start with --demo"
+        raise DataError(folder, what, fix) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

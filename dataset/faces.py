@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dataset.prepared import check_not_cut, prepare
+from dataset.prepared import prepare
 from dataset.sources import SOURCES, Source, find_source
 from system.errors import DataError, UsageError
 from utils import to_x_0
@@ -39,27 +39,19 @@ class Faces:
     key: str  # the name of the prepared array: from the listing, the crop, the size
     description: str  # one line for the log
     checksum: int = 0  # CRC-32 of the whole array of images
-    grey: bool = False  # all images have three equal channels
 
     @property
     def fingerprint(self) -> str:
-        """A checksum of the contents: of all images, of which ones are trained on, and of their
-        attributes. The same wherever the images lie."""
-        return self._fingerprint("checksum of all", self.checksum.to_bytes(4, "big"))
+        """A checksum of the images, of which ones are trained on, and of their attributes: the
+        same wherever the images are stored."""
+        contents = self.checksum.to_bytes(4, "big") + self.train.tobytes()
+        checksum = zlib.crc32(contents + self.attributes.tobytes())
+        return f"{len(self.train)} faces, checksum of all {checksum:08x}"
 
     def usual_attributes(self, count: int = 500) -> list[str]:
         """The attributes of some faces that are trained on, a text of + (has it) and - for each."""
         some = self.train[np.linspace(0, len(self.train) - 1, count).astype(int)]
         return ["".join("+" if value > 0 else "-" for value in self.attributes[i]) for i in some]
-
-    def matches(self, fingerprint: str) -> bool:
-        """Whether this is the fingerprint of these faces. Older ones were of 64 images only."""
-        some = self.images[np.linspace(0, len(self.images) - 1, 64).astype(int)]
-        return fingerprint in (self.fingerprint, self._fingerprint("checksum", some.tobytes()))
-
-    def _fingerprint(self, word: str, images: bytes) -> str:
-        checksum = zlib.crc32(images + self.train.tobytes() + self.attributes.tobytes())
-        return f"{len(self.train)} faces, {word} {checksum:08x}"
 
 
 def parse_attributes(specs: Sequence[str], flag: str = "--only") -> dict[str, int]:
@@ -82,14 +74,12 @@ def load_faces(
     img_size: int,
     only: Sequence[str] = (),
     attributes: Sequence[str] = (),
-    grey: bool = False,
 ) -> Faces:
     """Return the faces of a source, preparing its array when it is first asked for.
 
     path_to_data: a name of SOURCES; a folder or zip that holds CelebA (celeba.py lists the layouts)
     or any images; or `data`, into which CelebA is downloaded where that is absent or empty.
     only: the faces to keep, as for `parse_attributes`. attributes: names of the columns to return.
-    grey: take the colours out of them.
     Held out are CelebA's validation and test faces, or every 20th image where no list says.
     Of several processes, let one come here before the others.
     Raises UsageError (names), DataError (the source), ResourceError (no room for the array)."""
@@ -103,9 +93,8 @@ def load_faces(
     held_out = source.held_out
     if held_out is None:
         held_out = np.arange(source.count) % 20 == 19
-    key, shape = _key(source, img_size, grey), (source.count, img_size, img_size, 3)
-    pixels = source.images(img_size)
-    images, checksum = prepare(key, shape, map(without_colours, pixels) if grey else pixels)
+    key, shape = _key(source, img_size), (source.count, img_size, img_size, 3)
+    images, checksum = prepare(key, shape, source.images(img_size))
 
     keep = (values[:, : len(kept)] == list(kept.values())).all(axis=1)
     train, held_out = np.flatnonzero(keep & ~held_out), np.flatnonzero(keep & held_out)
@@ -117,21 +106,7 @@ def load_faces(
         if len(train) == 0:
             raise DataError("--only", f"leaves {text}", "ask for less at a time")
     values = values[:, len(kept) :].astype(np.float32)
-    is_grey = _is_grey(images)
-    text += ", all grey" if is_grey else ""
-    return Faces(images, values, train, held_out, key, text, checksum, is_grey)
-
-
-def without_colours(images: np.ndarray) -> np.ndarray:
-    """(n, S, S, 3) uint8 with three equal channels, of the brightness as Pillow has it (BT.601)."""
-    grey = (images @ np.array([0.299, 0.587, 0.114])).round().astype(np.uint8)
-    return np.repeat(grey[..., None], 3, axis=-1)
-
-
-def _is_grey(images: np.ndarray) -> bool:
-    """Whether all have three equal channels; the first with a colour ends the search."""
-    parts = (images[start : start + 64] for start in range(0, len(images), 64))
-    return all((part == part[..., :1]).all() for part in parts)
+    return Faces(images, values, train, held_out, key, text, checksum)
 
 
 def _check_names(source: Source, only: Iterable[str], attributes: Sequence[str]) -> None:
@@ -149,12 +124,11 @@ def _check_names(source: Source, only: Iterable[str], attributes: Sequence[str])
             raise UsageError("--attributes", f"names {name} twice", "give it once")
 
 
-def _key(source: Source, img_size: int, grey: bool) -> str:
+def _key(source: Source, img_size: int) -> str:
     """The name of the prepared array of a source: for readers some of the source's, then a digest
     of all that the pixels depend on."""
     name = re.sub(r"[^\w.-]", "_", Path(source.where).absolute().stem)[:24]
-    about = f"{PREPARATION} {source.listing}{' grey' if grey else ''}"
-    digest = hashlib.sha256(about.encode()).hexdigest()[:16]
+    digest = hashlib.sha256(f"{PREPARATION} {source.listing}".encode()).hexdigest()[:16]
     return f"{name}_{img_size}_{digest}"
 
 
@@ -168,8 +142,7 @@ class Batches:
     An epoch is a permutation drawn from (seed, epoch), cut into batches. The fewer than a batch
     that are left over come up in other epochs. Where the faces fit into a quarter of the free CUDA
     memory they live there; else a thread reads one batch ahead. stride: from one batch of this
-    process to its next; channels: C of x_0. Raises DataError where there are fewer faces than a
-    batch."""
+    process to its next. Raises DataError where there are fewer faces than a batch."""
 
     def __init__(
         self,
@@ -178,9 +151,7 @@ class Batches:
         seed: int = 0,
         device: str | torch.device = "cpu",
         stride: int = 1,
-        channels: int = 3,
     ):
-        self.channels = channels
         self.faces, self.batch_size, self.seed = faces, batch_size, seed
         self.device, self.stride = torch.device(device), stride
         self.per_epoch = len(faces.train) // batch_size
@@ -194,7 +165,7 @@ class Batches:
         self.thread, self.ahead = ThreadPoolExecutor(1), {}  # number -> Future of `_read`
 
     def __call__(self, number: int) -> tuple[Tensor, Tensor | None]:
-        """Return x_0, (B, C, H, W) float32 in [-1, 1], half of it mirrored, and the attributes,
+        """Return x_0, (B, 3, H, W) float32 in [-1, 1], half of it mirrored, and the attributes,
         (B, K) float32 or None where K is 0."""
         if self.cuda and self.resident is None:
             batch = self.ahead.get(number) or self.thread.submit(self._read, number)
@@ -208,7 +179,7 @@ class Batches:
             pixels = self.resident[places]
         pixels = pixels.to(self.device, non_blocking=True)
         pixels = torch.where(mirrored.bool()[:, None, None, None], pixels.flip(2), pixels)
-        x_0 = to_x_0(pixels, self.channels)
+        x_0 = to_x_0(pixels)
         return x_0, self.attributes[places] if self.attributes.shape[1] else None
 
     def _move_to_device(self) -> Tensor | None:
@@ -235,7 +206,6 @@ class Batches:
         mirrored = np.random.default_rng([self.seed, number, 0, 1]).random(len(places)) < 0.5
         picks, pixels = torch.from_numpy(np.stack([places, mirrored])), None
         if self.resident is None:
-            check_not_cut(self.faces.images)
             pixels = torch.from_numpy(self.faces.images[self.faces.train[places]])
         if self.cuda:
             picks, pixels = picks.pin_memory(), None if pixels is None else pixels.pin_memory()

@@ -24,7 +24,6 @@ from system.errors import DataError, UsageError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 HIDDEN = re.compile(r"(^|/)(\.[^./]|__MACOSX/)")  # .git/, ._001.jpg; but not ../
-OF_A_RUN = ("checkpoints", "evaluation", "loss.png", "samples")  # what a run leaves in its folder
 LARGEST = 1 << 28  # bytes of an image file, unpacked
 NUM_SYNTHETIC = 20_000  # faces in the source "synthetic"
 
@@ -102,7 +101,6 @@ class Files(NamedTuple):
     names: list[str]  # of images and of CelebA's lists, sorted
     read: Callable[[str], bytes]  # what is behind a name
     listing: str  # another one as soon as an image is another one
-    remark: str  # what was left out
 
 
 def open_files(path: Path) -> Files:
@@ -135,13 +133,13 @@ def image_files(files: Files) -> Source:
 
     # Other folders may hold files of the same names, sizes and times. The crop is by `aligned`.
     listing = f"{aligned} {os.path.realpath(files.where)!r} {files.listing}"
-    about = (attribute_names, attributes, held_out, files.remark)
+    about = attribute_names, attributes, held_out
     return Source(files.where, len(names), listing, images, *about)
 
 
 def _open_folder(root: Path) -> Files:
     """The files in a folder and below it, also behind links, each once."""
-    found, seen, runs, folders, links = [], set(), [], [""], []
+    found, seen, folders, links = [], set(), [""], []
     try:
         while folders or links:
             below = folders.pop() if folders else links.pop()
@@ -151,9 +149,6 @@ def _open_folder(root: Path) -> Files:
             seen.add((status.st_dev, status.st_ino))
             with os.scandir(root / below) as scan:
                 entries = sorted(scan, key=lambda entry: entry.name, reverse=True)
-            if {"config.json", "checkpoints"} <= {entry.name for entry in entries}:
-                runs.append(str(root / below))
-                entries = [entry for entry in entries if entry.name not in OF_A_RUN]
             for entry in entries:
                 name = below + entry.name
                 if entry.is_dir():
@@ -167,13 +162,12 @@ def _open_folder(root: Path) -> Files:
         raise DataError(root, what, "check the folder, its links and permissions") from error
     found.sort()
     listing = repr([entry for entry in found if not celeba.is_list(entry[0])])
-    remark = f", without what runs have left in {', '.join(sorted(runs))}" if runs else ""
 
     def read(name: str) -> bytes:
         _check_size(_size_and_time(root / name)[0])
         return (root / name).read_bytes()
 
-    return Files(root, [name for name, _, _ in found], read, listing, remark)
+    return Files(root, [name for name, _, _ in found], read, listing)
 
 
 def _size_and_time(path: Path) -> tuple[int, int]:
@@ -198,7 +192,7 @@ def _open_archive(path: Path) -> Files:
         return archive.read(name)
 
     names = sorted(filter(_is_of_use, set(archive.namelist())))
-    return Files(path, names, read, listing, "")
+    return Files(path, names, read, listing)
 
 
 def _check_size(size: int) -> None:

@@ -7,7 +7,6 @@ import csv
 import io
 import os
 import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,7 @@ from dataset.faces import Batches, Faces, load_faces, parse_attributes
 from system.errors import DataError, UsageError
 from utils import to_x_0
 
-REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "celeba"
+REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "celeba"
 NAMES = ("Eyeglasses", "Male", "Smiling", "Young")
 LAYOUTS = ("zip", "folder", "torchvision", "kaggle archive", "kaggle folder", "one archive")
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
@@ -462,21 +461,6 @@ def test_images_behind_a_link_to_a_folder_are_read_and_each_once():
     assert names == [*(f"below/00{i}.jpg" for i in range(3)), "more/000.jpg", "more/001.jpg"]
 
 
-def test_what_runs_have_left_is_no_data_and_the_log_says_so():
-    make_folder(Path("faces"), 3)
-    for run in ("run", "runs/second"):
-        make_folder(Path(run, "samples"), 2)
-        make_folder(Path(run, "evaluation"), 1)
-        Path(run, "checkpoints").mkdir()
-        Path(run, "config.json").write_text("{}")
-        Path(run, "loss.png").write_bytes(b"")
-    faces = load_faces(".", 8)
-    assert len(faces.images) == 3
-    assert "without what runs have left in run, runs/second" in faces.description.replace("/,", ",")
-    make_folder(Path("run"), 4)  # a run may have the name of the folder it trains on
-    assert len(load_faces("run", 8).images) == 4
-
-
 def test_a_folder_of_the_name_of_a_built_in_source_is_pointed_to(monkeypatch):
     monkeypatch.setattr(sources, "NUM_SYNTHETIC", 20)
     assert load_faces("synthetic", 8).description.endswith("from synthetic")
@@ -489,24 +473,12 @@ def test_a_folder_of_the_name_of_a_built_in_source_is_pointed_to(monkeypatch):
 # ---- The fingerprint ----
 
 
-def fingerprint_of_old(faces):
-    """As commit 4762fd4 computed it, from 64 images."""
-    some = faces.images[np.linspace(0, len(faces.images) - 1, 64).astype(int)]
-    parts = (some, faces.train, faces.attributes)
-    checksum = zlib.crc32(b"".join(np.ascontiguousarray(part).tobytes() for part in parts))
-    return f"{len(faces.train)} faces, checksum {checksum:08x}"
-
-
 def test_one_other_image_of_a_thousand_is_another_fingerprint():
     make_folder(Path("mine"), 1000, size=(8, 8))
     before = load_faces("mine", 8)
     Path("mine/501.jpg").write_bytes(jpeg(5000, (8, 8)))
     after = load_faces("mine", 8)
     assert before.fingerprint != after.fingerprint
-    assert not after.matches(before.fingerprint) and after.matches(after.fingerprint)
-    assert after.matches(fingerprint_of_old(before))  # what older checkpoints hold knows 64 only
-    Path("mine/000.jpg").write_bytes(jpeg(5000, (8, 8)))
-    assert not load_faces("mine", 8).matches(fingerprint_of_old(before))
 
 
 def test_the_same_images_elsewhere_have_the_same_fingerprint(tmp_path):

@@ -2,7 +2,6 @@
 way out."""
 
 import errno
-import hashlib
 import inspect
 import io
 import os
@@ -20,16 +19,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import simplejpeg
-import torchvision
 from conftest import needs_posix, tiny
 from PIL import Image
 from test_dataset import jpeg, make_celeba, make_folder
 
-from dataset import celeba, decoding, prepared, sources
+from dataset import decoding, prepared, sources
 from dataset import faces as dataset
 from dataset.decoding import crop_face
 from dataset.faces import Batches, load_faces
-from sample import SampleConfig, sample
 from system.errors import DataError, ResourceError, UsageError
 from train import train
 
@@ -408,16 +405,6 @@ def test_every_flipped_byte_of_a_header_is_noticed():
             assert array is None or (array == expected).all(), place
 
 
-def test_an_array_that_is_cut_while_it_is_in_use_ends_in_a_line():
-    faces = load_faces(make_folder(Path("mine"), 50), 32)
-    batches = Batches(faces, 10)
-    batches(0)
-    os.truncate(f"prepared/{faces.key}.npy", 5000)
-    with pytest.raises(DataError) as error:
-        batches(1)
-    assert f"{faces.key}.npy: was cut while it was in use" in one_line(error)
-
-
 def test_an_array_that_is_removed_or_replaced_while_it_is_in_use_serves_on():
     faces = load_faces(make_folder(Path("mine"), 50), 8)
     batches, path = Batches(faces, 10), Path(f"prepared/{faces.key}.npy")
@@ -698,23 +685,6 @@ def test_an_image_that_cannot_be_opened_is_not_called_damaged(number, kind, word
 # ---- The download ----
 
 
-class Drive:
-    """Google Drive as `gdown` reaches it, serving a small CelebA with its true checksums."""
-
-    def __init__(self, monkeypatch, folder, serve=lambda name, data: data):
-        root = make_celeba(folder)
-        self.files = {path.name: path.read_bytes() for path in sorted(root.iterdir())}
-        self.serve, self.asked = serve, []
-        entries = [(name, hashlib.md5(data).hexdigest(), name) for name, data in self.files.items()]
-        entries.append(("id", "md5", "list_landmarks_align_celeba.txt"))  # not wanted
-        monkeypatch.setattr(torchvision.datasets.CelebA, "file_list", entries)
-        monkeypatch.setitem(sys.modules, "gdown", types.SimpleNamespace(download=self.download))
-
-    def download(self, id, output, **_):
-        self.asked.append(id)
-        Path(output).write_bytes(self.serve(id, self.files[id]))
-
-
 def kaggle(monkeypatch, download):
     stub = types.SimpleNamespace(dataset_download=download)
     monkeypatch.setitem(sys.modules, "kagglehub", stub)
@@ -735,6 +705,32 @@ def assert_is_celeba(path):
     faces = load_faces(path, 64, attributes=["Male"])
     assert len(faces.images) == 24 and len(faces.train) == 8
     assert not (Path(path) / ".download").exists()
+
+
+def test_a_download_that_fails_or_is_partial_leaves_nothing_and_says_the_way_out(monkeypatch):
+    def half(handle, output_dir):
+        root = Path(make_kaggle(handle, output_dir))
+        for path in sorted(root.rglob("*.jpg"))[10:]:
+            path.unlink()
+        return output_dir
+
+    for download, reason in ((no_kaggle, "403 Client Error not today"), (half, "only 10 of the")):
+        kaggle(monkeypatch, download)
+        text = refused("data")
+        assert reason in text and "--demo" in text and "kaggle.com/datasets/jessi" in text
+        assert list(Path("data").iterdir()) == []
+
+
+def test_a_killed_download_is_not_taken_for_the_data(monkeypatch):
+    def kaggle_then_die(handle, output_dir):
+        make_kaggle(handle, output_dir)
+        killed()
+
+    kaggle(monkeypatch, kaggle_then_die)
+    die_in_a_fork(lambda: load_faces("data", 64))
+    assert any(Path("data/.download").iterdir())  # it was under way
+    kaggle(monkeypatch, make_kaggle)
+    assert_is_celeba("data")
 
 
 @pytest.mark.parametrize("there", [False, True])
@@ -761,72 +757,10 @@ def test_a_folder_that_kaggles_machines_hold_already_is_used_where_it_is(monkeyp
     assert str(root) in load_faces("data", 64).description
 
 
-def test_where_kaggle_fails_google_drive_is_asked_for_the_three_files(monkeypatch, tmp_path):
-    kaggle(monkeypatch, no_kaggle)
-    drive = Drive(monkeypatch, tmp_path / "served")
-    assert_is_celeba("data")
-    assert sorted(drive.asked) == sorted(celeba.DRIVE_FILES)
-    held = sorted(path.name for path in Path("data/celeba").iterdir())
-    assert held == sorted(celeba.DRIVE_FILES)
-
-
-@pytest.mark.parametrize("checked", [True, False])  # whether torchvision's checksum sees it first
-def test_a_quota_page_is_removed_and_the_way_out_named(checked, monkeypatch, tmp_path):
-    kaggle(monkeypatch, no_kaggle)
-    drive = Drive(monkeypatch, tmp_path / "served", serve=lambda *_: HTML)
-    if not checked:
-        monkeypatch.setattr(torchvision.datasets.utils, "check_md5", lambda *_, **__: True)
-    text = refused("data")
-    assert "data: " in text and "--demo" in text and "kaggle.com/datasets/jessi" in text
-    assert "Kaggle: 403 Client Error not today" in text and "Google Drive: " in text
-    assert list(Path("data").iterdir()) == []
-    drive.serve = lambda name, data: data
-    assert_is_celeba("data")
-
-
-def test_without_gdown_the_line_says_so(monkeypatch):
-    kaggle(monkeypatch, no_kaggle)
-    monkeypatch.setitem(sys.modules, "gdown", None)
-    assert "pip install gdown" in refused("data")
-
-
 def test_a_page_under_the_name_of_the_archive_is_named_not_trained_on(tmp_path):
     root = make_celeba(tmp_path / "data")
     (root / "img_align_celeba.zip").write_bytes(HTML)
     assert "img_align_celeba.zip: cannot be read as a zip archive" in refused(root)
-
-
-def test_a_partial_download_from_kaggle_is_not_taken(monkeypatch, tmp_path):
-    def half(handle, output_dir):
-        root = Path(make_kaggle(handle, output_dir))
-        for path in sorted(root.rglob("*.jpg"))[10:]:
-            path.unlink()
-        return output_dir
-
-    kaggle(monkeypatch, half)
-    Drive(monkeypatch, tmp_path / "served")
-    assert_is_celeba("data")
-
-
-@pytest.mark.parametrize("site", ["Kaggle", "Google Drive"])
-def test_a_killed_download_is_not_taken_for_the_data(site, monkeypatch, tmp_path):
-    def die(name, data):
-        return killed() if name == "list_attr_celeba.txt" else data
-
-    drive = Drive(monkeypatch, tmp_path / "served", serve=die)
-
-    def kaggle_then_die(handle, output_dir):
-        make_kaggle(handle, output_dir)
-        killed()
-
-    kaggle(monkeypatch, kaggle_then_die if site == "Kaggle" else no_kaggle)
-    die_in_a_fork(lambda: load_faces("data", 64))
-    assert any(Path("data/.download").iterdir())  # it was under way
-    drive.serve = lambda name, data: data
-    if site == "Kaggle":  # the same site must do the second time
-        kaggle(monkeypatch, make_kaggle)
-        monkeypatch.setitem(sys.modules, "gdown", None)
-    assert_is_celeba("data")
 
 
 def test_an_interrupted_download_leaves_nothing(monkeypatch):
@@ -845,7 +779,6 @@ def test_no_room_for_the_download_says_so_and_asks_no_further(monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     kaggle(monkeypatch, full)
-    monkeypatch.setitem(sys.modules, "gdown", None)
     text = refused("data", ResourceError)
     assert "data: " in text and "bytes (No space left on device)" in text
 
@@ -934,18 +867,3 @@ def test_one_other_image_of_a_hundred_is_noticed_on_a_resume():
     Path("pictures/051.jpg").write_bytes(jpeg(5000, (8, 8)))  # not one of 64, evenly taken
     with pytest.raises(UsageError, match="faces was 95 faces, checksum of all .*, is 95 faces"):
         train(tiny(resume=True, num_training_steps=9))
-
-
-@pytest.mark.parametrize("out", ["samples.png", "way.gif"])
-def test_a_grid_that_sample_wrote_is_no_data(here, out):
-    train(tiny(num_training_steps=1))
-    sample(SampleConfig("run", num_images=2, steps=2, out=out))
-    with pytest.raises(DataError, match=f"{out}: .*a grid by ddpm-faces"):
-        train(tiny(path_to_data=".", experiment_name="other"))
-
-
-def test_a_run_on_the_current_folder_does_not_train_on_its_own_samples():
-    make_folder(Path("pictures"), 22, (8, 8))
-    train(tiny(path_to_data=".", sample_every=3))
-    assert list(Path("run/samples").glob("*.png"))
-    assert train(tiny(path_to_data=".", resume=True, num_training_steps=9)) == Path("run")
