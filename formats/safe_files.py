@@ -1,27 +1,25 @@
-"""JSON and safetensors, which may come from strangers: read without running code, and checked
-before memory is taken."""
+"""JSON and safetensors files that may come from strangers: they are read without running code, and
+checked before memory is used."""
 
 import json
 import stat
-import struct
 from collections.abc import Callable
 from pathlib import Path
 
-import safetensors
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from system.errors import CheckpointError
 from system.files import write_atomically
+from utils import plain_keys
 
-MAX_JSON = 1 << 20  # bytes of a JSON file; a header may have 16 times as many
-DTYPES = ("F16", "BF16", "F32", "F64")
+MAX_JSON = 1 << 20  # bytes
 
 
 def save_weights(path: Path, weights: dict[str, Tensor], half: bool) -> None:
-    """Write tensors as safetensors, in float16 or float32."""
+    """Write tensors as safetensors, in float16 or float32. Raises ResourceError."""
     dtype = torch.float16 if half else torch.float32
     weights = {
         name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in weights.items()
@@ -32,102 +30,72 @@ def save_weights(path: Path, weights: dict[str, Tensor], half: bool) -> None:
     def write(temporary: Path) -> None:
         try:
             save_file(weights, temporary, metadata)
-        except SafetensorError as error:  # what it makes of a full disk
+        except SafetensorError as error:  # what it raises if the disk is full
             raise OSError(str(error)) from error
 
     write_atomically(path, write, size)
 
 
 def read_json(path: Path) -> dict:
-    """Read a small JSON file. Raises CheckpointError."""
+    """Read the object in a small JSON file. Raises CheckpointError."""
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_JSON:  # a pipe never ends
             raise ValueError(f"no file, or one of {status.st_size:,} bytes")
         values = json.loads(path.read_text("utf-8"))
         if not isinstance(values, dict):
-            raise ValueError("holds no settings")
+            raise ValueError("it has no settings")
         return values
     except FileNotFoundError as error:
-        raise CheckpointError(path, "does not exist", "take the whole folder") from error
+        raise CheckpointError(path, "does not exist", "copy the whole folder") from error
     except OSError as error:
-        raise CheckpointError(
-            path, f"cannot be read: {error.strerror}", "check the disk"
-        ) from error
+        what = f"cannot be read: {error.strerror}"
+        raise CheckpointError(path, what, "check the disk") from error
     except (ValueError, RecursionError) as error:
         what = f"is damaged ({str(error)[:200]})"
-        raise CheckpointError(path, what, "take the folder anew from where it came") from error
+        raise CheckpointError(path, what, "copy the folder again from its source") from error
 
 
-def read_header(path: Path) -> dict[str, tuple[int, ...]]:
-    """The name and the shape of each tensor in a file of safetensors, from its header alone."""
-    with open(path, "rb") as file:
-        size = path.stat().st_size
-        (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))
-        if length > min(size - 8, 16 * MAX_JSON):
-            raise ValueError(f"its header has {length:,} bytes, the file {size:,}")
-        header = json.loads(file.read(length))
-    shapes = {}
-    for name, about in header.items():
-        if name != "__metadata__":
-            if about["dtype"] not in DTYPES:
-                raise ValueError(f"{name} is of type {about['dtype']}")
-            shapes[name] = tuple(about["shape"])
-    return shapes
+def within(value: object, least: float, most: float) -> bool:
+    """Whether it is a number in these bounds, a whole one if they are whole."""
+    return type(value) in {int, type(most)} and least <= value <= most
+
+
+def refuse(path: Path, config: dict, name: str, known: str) -> None:
+    """Raise CheckpointError for the setting `name`; known: what it may be."""
+    what = f"{name} is {str(config.get(name))[:100]}, only {known} can be read"
+    raise CheckpointError(path, what, "take another model")
 
 
 def load_weights(
     path: Path, shapes: dict[str, tuple[int, ...]], rename: Callable[[str], str] = str
 ) -> dict[str, Tensor]:
-    """Read tensors of exactly these names and shapes, as float32; memory is taken when all fit.
+    """Read tensors of exactly these names and shapes, as float32. Names and shapes are compared
+    before the tensors are read.
 
-    rename: what a name in the file means. Raises CheckpointError where the file is missing, a
-    pickle, damaged, or holds anything else."""
+    rename: from a name in the file, without the prefixes of `plain_keys`, to one in `shapes`.
+    Raises CheckpointError for a file that is missing, a pickle or damaged, and for other
+    tensors."""
+    if path.suffix == ".bin":
+        what, fix = "is a pickle, which may run code when it is read", "save it as safetensors"
+        raise CheckpointError(path, what, fix)
     if not path.is_file():
-        if path.with_suffix(".bin").is_file():
-            what = "is a pickle, which may run code when it is read"
-            fix = "load it by diffusers and save it with safe_serialization=True"
-            raise CheckpointError(path.with_suffix(".bin"), what, fix)
-        raise CheckpointError(path, "does not exist", "take the whole folder")
+        raise CheckpointError(path, "does not exist", "copy the whole folder")
     try:
-        header = read_header(path)
-        names = {rename(name): name for name in header}
-        misfit = difference(shapes, {new: header[name] for new, name in names.items()})
-        if not misfit:
-            with safetensors.safe_open(path, framework="pt") as file:
-                weights = {new: file.get_tensor(name).float() for new, name in names.items()}
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise CheckpointError(path, f"cannot be read: {reason}", "check the disk") from error
-    except (
-        AttributeError,
-        KeyError,
-        RecursionError,
-        TypeError,
-        ValueError,
-        SafetensorError,
-    ) as error:
-        fix = "take the folder anew from where it came"
-        raise CheckpointError(path, f"is damaged ({str(error)[:200]})", fix) from error
-    if misfit:
-        raise CheckpointError(
-            path, f"does not fit its configuration: {misfit}", "take another model"
-        )
+        with safe_open(path, framework="pt") as file:
+            names = plain_keys({name: name for name in file.keys()})
+            names = {rename(plain): name for plain, name in names.items()}
+            found = {new: tuple(file.get_slice(n).get_shape()) for new, n in names.items()}
+            if misfits := sorted(found.items() ^ shapes.items()):
+                name = misfits[0][0]
+                what = f"its {name} is {found.get(name, 'missing')}, "
+                what += f"by config.json it is {shapes.get(name, 'absent')}"
+                raise CheckpointError(path, what, "take weights and config.json of one model")
+            weights = {new: file.get_tensor(name).float() for new, name in names.items()}
+    except (OSError, SafetensorError) as error:
+        what = f"is damaged or cannot be read ({str(error)[:200]})"
+        raise CheckpointError(path, what, "copy the folder again from its source") from error
     for name, tensor in weights.items():
         if not torch.isfinite(tensor).all():
-            raise CheckpointError(path, f"{name} is not finite", "take other weights")
+            raise CheckpointError(path, f"its {name} is not finite", "take other weights")
     return weights
-
-
-def difference(wanted: dict[str, tuple], found: dict[str, tuple]) -> str:
-    """In a few words, how the names and shapes found differ from those wanted; "" where not."""
-    lacks = [f"lacks {name}" for name in wanted if name not in found]
-    holds = [f"holds {name}" for name in found if name not in wanted]
-    shapes = [
-        f"{name} has the shape {found[name]}, not {wanted[name]}"
-        for name in wanted
-        if name in found and found[name] != wanted[name]
-    ]
-    all_of_them = [*lacks, *holds, *shapes]
-    more = f" and {len(all_of_them) - 1} more" if len(all_of_them) > 1 else ""
-    return all_of_them[0][:200] + more if all_of_them else ""

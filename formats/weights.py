@@ -1,88 +1,152 @@
-"""Weights, wherever they lie: in a run, in a folder of diffusers', or with the program; and how a
-new run starts from them."""
+"""Weights that `--checkpoint` and `--init_from` name: of a run, in a folder of diffusers', or those
+that come with the program; and how a new run starts from them."""
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from engine.state import State
-from formats.diffusers_format import MAP, WEIGHTS, read_folder, weights_file
-from system.errors import UsageError
+from ema import EMA
+from formats.diffusers_folder import MAP, STEM, WEIGHTS, read_folder
+from system.errors import CheckpointError, UsageError
 from system.terminal import say
 from unet import Attention, GroupNorm, UNet, default_channel_mults
-from utils import list_checkpoints, open_checkpoint, plain_keys, reading
+from utils import (
+    list_checkpoints,
+    load_checkpoint,
+    load_newest_checkpoint,
+    plain_keys,
+    reading,
+)
 
 SHIPPED = Path(__file__).resolve().parents[1] / "weights"  # a folder for each name
-DEFAULT = "synthetic_32"
+DEFAULT = "celeba_32"
 
 
-def open_weights(given: str | Path | None) -> tuple[Path, dict]:
-    """Read the weights that are meant by: a checkpoint; a run's folder (its newest); a folder of
-    diffusers', or its file of weights; a name in `weights/` under which none lie here; nothing: the
-    newest run under the current folder, or where there is none the weights that come with the
-    program.
+class Saved(NamedTuple):
+    """What a file of weights holds."""
 
-    Returns the file, and what it holds: "unet" and "diffusion" (their arguments), "settings",
-    "step", "model" and "ema". Raises CheckpointError."""
-    if not given and (SHIPPED / DEFAULT).is_dir():
-        given = None if any(Path().glob("*/checkpoints/step_*.pt")) else SHIPPED / DEFAULT
-    if given and weights_file(SHIPPED / given) and not _holds_weights(Path(given)):
-        given = SHIPPED / given
-    folder = Path(given or "")
-    if folder.name == WEIGHTS:
-        folder = folder.parent.parent if folder.parent.name == "unet" else folder.parent
-    if given and (path := weights_file(folder)):
-        return path, read_folder(folder)
-    return open_checkpoint(given)
+    path: Path
+    unet: dict  # the arguments of UNet
+    diffusion: dict  # the arguments of Diffusion
+    settings: dict  # the constants of the run
+    step: int
+    model: dict[str, Tensor]  # the weights in training, by the names of UNet
+    ema: dict[str, Tensor]  # their average, likewise
+    contents: dict  # all of the file, as it was saved
 
-
-def _holds_weights(folder: Path) -> bool:
-    """Whether any lie there: a run that starts from weights of its name has a folder by then."""
-    return bool(weights_file(folder) or list_checkpoints(folder))
+    @classmethod
+    def of(cls, path: Path, contents: dict) -> "Saved":
+        """What the contents of a checkpoint are. Raises CheckpointError if a part is missing."""
+        with reading(path, "use another checkpoint"):
+            about = [contents[name] for name in ("unet", "diffusion", "settings", "step")]
+            model, ema = plain_keys(contents["model"]), plain_keys(contents["ema"]["model"])
+            return cls(path, *about, model, ema, contents)
 
 
-def start_from(state: State, path: Path, saved: dict, config) -> None:
-    """Put the averaged weights that lie in a file into a new run's network and its average.
+# Finding and reading -----------------------------------------------------------------------------
 
-    saved: what `open_weights` returns; config: of the new run. Where its attributes are others, the
-    map of the attributes starts anew. Raises UsageError, with the flags that would fit, where the
-    network is another one."""
-    with reading(path, "take other weights"):
-        weights, step = plain_keys(saved["ema"]["model"]), saved["step"]
-        source, prediction = saved["unet"], saved["diffusion"]["prediction"]
-        attributes = tuple(saved["settings"]["attributes"])
-    with torch.device("meta"):
-        if structure(UNet(**source)) != structure(state.model):
-            what, fix = f"{path} holds another network", f"pass {fitting_flags(source, config)}"
-            raise UsageError("--init_from", what, fix)
-    ours = state.model.state_dict()
-    anew = [MAP] if MAP in ours and attributes != tuple(config.attributes) else []
-    for model in (state.model, state.ema.model):
-        model.load_state_dict(ours | {k: w for k, w in weights.items() if k in ours.keys() - anew})
-    text = f"started from {path}, step {step}"
-    text += "; the map of the attributes starts anew" if anew else ""
-    text += "; its attributes are left out" if MAP in weights.keys() - ours.keys() else ""
-    text += f"; note: its output is {prediction}" if prediction != config.prediction else ""
+
+def open_weights(given: str | Path | None) -> Saved:
+    """Read the weights that `find_checkpoint` finds; of a run the newest that are not damaged.
+    Raises CheckpointError."""
+    path = find_checkpoint(given)
+    if path.name.startswith(STEM):
+        return Saved.of(path, read_folder(path))
+    if given and path == Path(given):
+        return Saved.of(path, load_checkpoint(path))
+    return Saved.of(*load_newest_checkpoint(path.parent.parent))
+
+
+def find_checkpoint(given: str | Path | None) -> Path:
+    """The file of weights that `given` names: a file; a run (its newest checkpoint); a folder of
+    diffusers'; a name in `weights/`, if the current folder has no weights of that name. None or ""
+    is the newest run under the current folder, or the default in `weights/` if there is no run.
+
+    Raises CheckpointError, with what there is, if there is none."""
+    if not given:
+        runs = [path for path in run_checkpoints() if path.exists()]  # no dead links
+        if runs:
+            return max(runs, key=lambda path: (path.stat().st_mtime, path.name))
+    elif Path(given).is_file():
+        return Path(given)
+    for folder in (Path(given or DEFAULT), SHIPPED / (given or DEFAULT)):
+        if path := weights_file(folder):
+            return path
+        run = folder.parent if folder.name == "checkpoints" else folder
+        if checkpoints := list_checkpoints(run):
+            return checkpoints[0]
+    what = "has no weights" if given and Path(given).exists() else "does not exist"
+    runs = sorted({path.parent.parent.name for path in run_checkpoints()})
+    shipped = sorted(path.parent.name for path in SHIPPED.glob("*/unet"))
+    names = runs[:10] + [name for name in shipped if not name.endswith("_guide")]
+    fix = f"name one of these: {', '.join(names)}" if names else "train first"
+    raise CheckpointError(given or "--checkpoint", what, fix)
+
+
+def run_checkpoints() -> Iterable[Path]:
+    """The checkpoints of all runs under the current folder."""
+    return Path().glob("*/checkpoints/step_*.pt")
+
+
+def weights_file(folder: Path) -> Path | None:
+    """The file of weights in a folder that diffusers wrote; None in all others. The average in a
+    trainer's `unet_ema/` goes before `unet/`, and a file without a variant before `.fp16`."""
+    for part in (folder / "unet_ema", folder / "unet", folder):
+        found = sorted(part.glob(f"{STEM}*"), key=lambda p: (p.suffix == ".bin", len(p.name)))
+        if found:
+            return found[0]
+    return folder / "unet" / WEIGHTS if (folder / "model_index.json").is_file() else None
+
+
+# Starting from them ------------------------------------------------------------------------------
+
+
+def network_constants(saved: Saved, img_size: int) -> dict[str, Any]:
+    """The constants of `train.Config` that build the network of these weights for images of this
+    size. Raises CheckpointError."""
+    with reading(saved.path, "use other weights"):
+        about = saved.unet
+        names = ("channels", "num_res_blocks", "head_dim", "norm_groups")
+        constants = {name: about[name] for name in names}
+        mults = tuple(about["channel_mults"] or default_channel_mults(about["img_size"]))
+        # Attention stands in the same stages, whatever their resolution is.
+        attends = [about["img_size"] >> i in about["attn_resolutions"] for i in range(len(mults))]
+        resolutions = tuple(img_size >> i for i, each in enumerate(attends) if each)
+        return constants | {"channel_mults": mults, "attn_resolutions": resolutions}
+
+
+def start_from(model: UNet, ema: EMA, saved: Saved, config: Any) -> None:
+    """Load averaged weights into a new run's network and its average.
+
+    config: the new run's; if it has other attributes, their map keeps its initial values. Raises
+    UsageError, naming the flags, if the network is another one; CheckpointError."""
+    with reading(saved.path, "use other weights"):
+        attributes, prediction = saved.settings["attributes"], saved.diffusion["prediction"]
+        with torch.device("meta"):
+            same = structure(UNet(**saved.unet)) == structure(model)
+    if not same:
+        theirs = network_constants(saved, config.img_size)
+        flags = [f"--{name}" for name in theirs if theirs[name] != getattr(config, name)]
+        fix = f"leave out {', '.join(flags)}" if flags else "use other weights"
+        raise UsageError("--init_from", f"{saved.path} has another network", fix)
+    ours, theirs = model.state_dict(), saved.ema
+    another_map = tuple(attributes) != tuple(config.attributes)
+    kept = {k: w for k, w in theirs.items() if k in ours and not (k == MAP and another_map)}
+    for network in (model, ema.model):
+        network.load_state_dict(ours | kept)
+    text = f"started from {saved.path}, step {saved.step}"
+    if another_map:
+        text += "; the attributes are learned anew" if MAP in ours else "; without its attributes"
+    if prediction != config.prediction:
+        text += f"; note: it was trained with --prediction {prediction}"
     say(text)
 
 
 def structure(unet: UNet) -> list:
-    """All that makes a network take the weights of another and mean the same by them."""
+    """What two networks must have in common to take the same weights and mean the same by them."""
     shapes = [(k, tuple(w.shape)) for k, w in unet.state_dict().items() if k != MAP]
     heads = [m.heads for m in unet.modules() if isinstance(m, Attention)]
     return [shapes, heads, [m.num_groups for m in unet.modules() if isinstance(m, GroupNorm)]]
-
-
-def fitting_flags(source: dict, config) -> str:
-    """The flags of train.py, as one would write them, that make it build a network from `source`,
-    the arguments of a UNet, at the size of the images in `config`."""
-    wanted = {name: source[name] for name in ("channels", "num_res_blocks", "head_dim")}
-    mults = source["channel_mults"] or default_channel_mults(source["img_size"])
-    sizes = source["attn_resolutions"], config.img_size, source["img_size"]
-    wanted |= {"channel_mults": tuple(mults), "norm_groups": source.get("norm_groups", 0)}
-    wanted["attn_resolutions"] = tuple(r * sizes[1] // sizes[2] for r in sizes[0])
-    flags = []
-    for name, value in wanted.items():
-        if value != getattr(config, name, value):
-            flags += [f"--{name}", *map(str, value if isinstance(value, tuple) else [value])]
-    return " ".join(flags) or "other weights"
