@@ -1,15 +1,18 @@
-"""Images of one's own: read as the data were, repaired, varied, and found again as noise.
+"""Images of your own: repaired, varied, and inverted to the noise that generates them.
 
     image = read_image("face.png", trained)                         # (1, 3, H, W) in [-1, 1]
     mask = read_mask("mask.png", "face.png", trained)               # (1, 1, H, W), True: generate
-    repaired = torch.cat(list(generate(trained, range(8), image=image, mask=mask, resample=5)))
-    varied = torch.cat(list(generate(trained, range(8), image=image, strength=0.4)))
-    noise = encode(trained, image)                                  # what generates this image
+    repaired = generate(trained, range(8), loop=edit_loop, image=image, mask=mask, resample=5)
+    varied = generate(trained, range(8), loop=edit_loop, image=image, strength=0.4)
+    noise = encode(trained, image)                                  # generates this image again
 
-Repair: Lugmayr et al. 2022, "RePaint". To vary: Meng et al. 2022, "SDEdit". To encode: Song et al.
-2020, "Denoising Diffusion Implicit Models", section 4.3. The first two are in `sample_loop` itself.
+Repair: Lugmayr et al. 2022, "RePaint". Variation: Meng et al. 2022, "SDEdit". Inversion: Song et
+al. 2020, "Denoising Diffusion Implicit Models", section 4.3.
 """
 
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,48 +21,88 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from dataset.decoding import decode_all
-from dataset.faces import without_colours
 from diffusion import draw_noise, image_generators
-from generate import Trained
-from samplers import SAMPLERS, put_noise
+from generate import Moves, Trained
+from samplers import SAMPLERS, Draw, Level, Predict, check_sampler, put_noise
 from system.errors import DataError
 from utils import to_x_0
 
-
-def read_image(path: str | Path, trained: Trained) -> Tensor:
-    """The image of a file, (1, C, H, W) in [-1, 1], cropped and resized as the data are: CelebA's
-    crop where it has the shape of CelebA's files, else the largest centred square.
-
-    Raises DataError where it cannot be read."""
-    path = Path(path)
-    files = path.parent, [path.name], lambda name: path.read_bytes()
-    (pixels,) = decode_all(*files, trained.img_size, aligned=True)
-    if trained.image_channels == 1:
-        pixels = without_colours(pixels)
-    return to_x_0(torch.from_numpy(pixels), trained.image_channels)
+# Repair and variation ----------------------------------------------------------------------------
 
 
-def read_mask(path: str | Path, image: str | Path, trained: Trained) -> Tensor:
-    """What is to be generated of an image: (1, 1, H, W) bool, True where the mask's file is white.
-    It is cropped and resized as the image is; where that mixes, the larger share counts.
+def edit_loop(
+    trained: Trained,
+    numbers: Sequence[int],
+    seed: int = 0,
+    attributes: Tensor | None = None,
+    *,
+    image: Tensor,
+    mask: Tensor | None = None,
+    strength: float = 1.0,
+    resample: int = 1,
+    sampler: str = "dpm++",
+    steps: int = 20,
+    guidance: float = 1.0,
+    eta: float = 0.0,
+) -> Moves:
+    """Generate new versions of an image step by step, as `generate.sample_loop` does.
 
-    Raises DataError where it cannot be read, is not of the image's size, or leaves no white."""
-    mask = read_image(path, trained).mean(dim=1, keepdim=True) > 0
-    sizes = [upright_size(each) for each in (path, image)]
-    if sizes[0] != sizes[1]:
-        size, other = (f"{width}x{height}" for width, height in sizes)
-        fix = f"make a mask of {other}: white where to generate, black where to keep"
-        raise DataError(path, f"is of {size}, the image of {other}", fix)
-    if not mask.any():
-        fix = "paint white what is to be generated, within the square that is used"
-        raise DataError(path, f"has nothing white at {trained.img_size} px", fix)
-    return mask
+    image: (N or 1, 3, H, W) in [-1, 1]. It is noised to the share `strength` of T and denoised
+    again (SDEdit): 0 returns it, 1 keeps nothing of it. mask: (N or 1, 1, H, W) bool, True where
+    pixels are generated and False where they stay the image's (RePaint, eq. 8a); resample: how
+    often each stretch of a repair is repeated, at as many times the cost. Raises UsageError for
+    what the sampler cannot do."""
+    diffusion, device = trained.diffusion, trained.diffusion.device
+    image = image.to(device)
+    start = round(strength * diffusion.num_timesteps)
+    if start == 0:
+        yield image, image.expand(len(numbers), -1, -1, -1)
+        return
+    check_sampler(sampler, steps, eta, start)
+    levels = diffusion.levels(sampler, steps, start)
+    shape, generators = (len(numbers), *image.shape[1:]), image_generators(seed, numbers)
+    draw = partial(draw_noise, shape, generators, device, diffusion.dtype)
+
+    x = draw() if start == diffusion.num_timesteps else put_noise(image, levels[0], draw())
+    if attributes is not None:
+        attributes = attributes.to(device)
+    predict = diffusion.predictor(trained, attributes, guidance)
+    if mask is not None:
+        predict = keep_known(predict, image, mask.to(device))
+    run = partial(SAMPLERS[sampler].run, predict, draw=draw, eta=eta)
+    for _, x_t, x_0_pred in repeat_stretches(run, x, levels, draw, resample):
+        yield x_t, x_0_pred
 
 
-def upright_size(path: str | Path) -> tuple[int, int]:
-    """Width and height of an image's file, turned as its EXIF orientation says."""
-    with Image.open(path) as image:
-        return ImageOps.exif_transpose(image).size
+def keep_known(predict: Predict, image: Tensor, mask: Tensor) -> Predict:
+    """`predict`, with x_0_pred replaced by the image where the mask is False.
+
+    Any sampler then keeps x_t there at the image plus noise, and its last x_0_pred is the image."""
+
+    def predict_the_rest(x_t: Tensor, t: float, alpha_bar_t: float) -> tuple[Tensor, Tensor]:
+        x_0_pred = torch.where(mask, predict(x_t, t, alpha_bar_t)[0], image)
+        return x_0_pred, (x_t - math.sqrt(alpha_bar_t) * x_0_pred) / math.sqrt(1 - alpha_bar_t)
+
+    return predict_the_rest
+
+
+def repeat_stretches(run: Callable, x: Tensor, levels: Sequence[Level], draw: Draw, times: int):
+    """Run a sampler in short stretches, each `times` times with new noise in between, so that the
+    generated part comes to fit the known part (RePaint, section 4.2 and algorithm 1).
+
+    A stretch is a 25th of the steps, as the paper's 10 of 250."""
+    steps = len(levels) - 1
+    stretch = steps if times == 1 else max(1, round(steps / 25))
+    for start in range(0, steps, stretch):
+        part = levels[start : start + stretch + 1]
+        for left in reversed(range(times)):
+            x = yield from run(x, part)
+            if left:
+                kept = part[0].alpha_bar / part[-1].alpha_bar
+                x = math.sqrt(kept) * x + math.sqrt(1 - kept) * draw()
+
+
+# Inversion and interpolation ---------------------------------------------------------------------
 
 
 def encode(
@@ -69,40 +112,72 @@ def encode(
     attributes: Tensor | None = None,
     guidance: float = 1.0,
 ) -> Tensor:
-    """The noise from which a deterministic sampler generates these images: the way of DDIM gone
-    backwards, with `steps` - 1 evaluations, at the noise levels of dpm++, which leads back best.
+    """The noise from which the network generates these images: its ODE solved backwards by DDIM.
 
-    images: (N, 3, H, W) in [-1, 1]; attributes: (N, K), or (1, K) for all. Returns their shape."""
-    diffusion, device = trained.diffusion, trained.diffusion.device
-    x = images.to(device, diffusion.dtype)
+    images: (N, 3, H, W) in [-1, 1]; attributes: (N or 1, K). Returns the shape of `images`."""
+    diffusion = trained.diffusion
+    x = images.to(diffusion.device, diffusion.dtype)
     if attributes is not None:
-        attributes = attributes.to(device).expand(len(x), -1)
+        attributes = attributes.to(diffusion.device).expand(len(x), -1)
     predict = diffusion.predictor(trained, attributes, guidance)
-    levels = SAMPLERS["dpm++"].levels(diffusion._alphas_cumprod, steps)[-2::-1]
-    with torch.no_grad():
-        for here, there in pairwise(levels):
-            x_0_pred, eps_pred = predict(x, *here)
-            x = put_noise(x_0_pred, there, eps_pred)
+    for here, there in pairwise(diffusion.levels("dpm++", steps)[-2::-1]):
+        x_0_pred, eps_pred = predict(x, *here)
+        x = put_noise(x_0_pred, there, eps_pred)
     return x
 
 
 def between(a: Tensor, b: Tensor, count: int) -> Tensor:
-    """(count, C, H, W) of noise from one to another, each (C, H, W), on the great circle, so that
-    what lies between is as long as noise is (Song et al. 2020, eq. 67)."""
+    """`count` steps from the noise a (3, H, W) to the noise b, on the great circle, because what
+    lies on it is as long as noise is (Song et al. 2020, eq. 67). Returns (count, 3, H, W)."""
     shape, a, b = a.shape, a.flatten(), b.flatten()
     angle = torch.acos((torch.dot(a, b) / (a.norm() * b.norm())).clamp(-1, 1))
     share = torch.linspace(0, 1, count, device=a.device)[:, None]
-    if float(angle) == 0:  # twice the same
+    if float(angle) == 0:  # the same noise twice
         return a.expand(count, -1).reshape(count, *shape)
     noise = (torch.sin((1 - share) * angle) * a + torch.sin(share * angle) * b) / torch.sin(angle)
     return noise.reshape(count, *shape)
 
 
 def noise_of(trained: Trained, end: int | str, seed: int, **options) -> Tensor:
-    """The noise (C, H, W) of the image of that number, or from which that file's is generated.
-
-    options: `encode`'s. Raises DataError where the file cannot be read."""
+    """The noise (3, H, W) of a generated image, by its number, or of an image file, by `encode`
+    with these options. Raises DataError if the file cannot be read."""
     if isinstance(end, int):
-        shape = (1, trained.image_channels, trained.img_size, trained.img_size)
+        shape = (1, 3, trained.img_size, trained.img_size)
         return draw_noise(shape, image_generators(seed, [end]), "cpu")[0]
     return encode(trained, read_image(end, trained), **options)[0].cpu()
+
+
+# Files -------------------------------------------------------------------------------------------
+
+
+def read_image(path: str | Path, trained: Trained) -> Tensor:
+    """Read an image file, cropped and resized as the training data: (1, 3, H, W) in [-1, 1].
+
+    Raises DataError if it cannot be read."""
+    path = Path(path)
+    files = path.parent, [path.name], lambda name: path.read_bytes()
+    (pixels,) = decode_all(*files, trained.img_size, aligned=True)
+    return to_x_0(torch.from_numpy(pixels))
+
+
+def read_mask(path: str | Path, image: str | Path, trained: Trained) -> Tensor:
+    """Read what is to be generated of an image: (1, 1, H, W) bool, True where the file is white.
+
+    It is cropped and resized as the image. Raises DataError if it cannot be read, has another size
+    than the image, or has no white."""
+    mask = read_image(path, trained).mean(dim=1, keepdim=True) > 0
+    sizes = [upright_size(each) for each in (path, image)]
+    if sizes[0] != sizes[1]:
+        size, other = (f"{width}x{height}" for width, height in sizes)
+        fix = f"make a mask of {other}: white where to generate, black where to keep"
+        raise DataError(path, f"is {size}, but the image is {other}", fix)
+    if not mask.any():
+        fix = "paint white what is to be generated, within the square that is used"
+        raise DataError(path, f"has nothing white at {trained.img_size} px", fix)
+    return mask
+
+
+def upright_size(path: str | Path) -> tuple[int, int]:
+    """Width and height of an image file, turned as its EXIF orientation says."""
+    with Image.open(path) as image:
+        return ImageOps.exif_transpose(image).size

@@ -1,48 +1,47 @@
-"""How good a checkpoint is: its loss on held-out faces, how far its images are from real ones,
-whether they are copies, and how many steps they need.
+"""Measure how good a checkpoint is: its loss on held-out faces, how far its images are from real
+ones, whether they are copies of training faces, and how many steps they need.
 
-    python evaluate.py --checkpoint my_first_diffusion --path_to_data data
+    python evaluate.py --checkpoint my_first_diffusion
     python evaluate.py --samplers ddpm:1000 ddim:50 dpm++:10 dpm++:20 --num_images 256
     python evaluate.py --features my_features:load --feature_size 64    # instead of Inception's
-    python evaluate.py --features none                                  # what needs no features
+    python evaluate.py --features none                                  # everything but distances
     accelerate launch evaluate.py --num_images 50000                    # several GPUs
 
 Prints tables, and writes evaluation.json, nearest.png and samplers.png into <run>/evaluation. The
-generated images are kept there too: stopped in the middle, or asked for more, it goes on from them.
+generated images are kept there too, so an interrupted evaluation goes on from them.
 """
 
 import hashlib
 import sys
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from dataset.faces import Faces, load_faces
-from generate import (
-    Generated,
-    Trained,
-    add_guide,
-    batch_files,
-    generate,
-    keep_generated,
-    load_trained,
-    read_generated,
-)
-from metrics import find_features, loss_at_all_t, measure_images
-from samplers import VERSION, SamplerError, check_sampler
+import diffusion
+import samplers
+from dataset import Faces, load_faces
+from formats.features import Features, find_features
+from generate import Trained, add_guide, generate, load_trained
+from metrics import copies, loss_at_all_t, measure_distances, nearest_pixels, nearest_vectors
+from sample import describe
+from samplers import check_sampler
 from system import flags
-from system.device import DEVICES, find_device, keep_freed_memory
+from system.cpu import keep_freed_memory
+from system.device import DEVICES, find_device
 from system.errors import DataError, UsageError
-from system.files import check_writable, save_json
+from system.files import check_writable, save_json, write_atomically
 from system.flags import check_ranges, constant
 from system.processes import Processes
 from system.terminal import say, table
-from utils import image_grid, reading, save_image, to_x_0
+from utils import image_grid, reading, save_image, to_uint8, to_x_0
 
 NUM_SHOWN = 8  # faces in nearest.png and in each row of samplers.png
 
@@ -51,20 +50,23 @@ NUM_SHOWN = 8  # faces in nearest.png and in each row of samplers.png
 class EvaluateConfig:
     """What to measure, and how."""
 
-    checkpoint: str = ""  # a run, a file in it, a folder of diffusers'; empty: the newest run here
-    path_to_data: str = "data"  # the faces it was trained on, as for train.py
+    # What
+    checkpoint: str = ""  # a run, a file in it, a diffusers folder, shipped weights; "": newest run
+    path_to_data: str = ""  # the faces it was trained on, as for train.py; "": those of its run
+    raw: bool = False  # use the trained weights instead of their average (EMA)
+    guide: str = "auto"  # an early checkpoint whose errors to avoid; auto: the run's own; none
+    autoguidance: float = constant(1.3, least=1)  # how strongly: 1 not at all, 2 a lot
+    # How
     num_images: int = constant(1000, least=2)  # images of each sampler, and real ones beside them
     num_reference: int = constant(0, least=0)  # training faces to compare with; 0: all others
     samplers: tuple[str, ...] = ("dpm++:10",)  # name:steps, each from the same noise
-    features: str = ""  # for the distances: inception (default on a GPU), none, module:callable
-    feature_size: int = constant(0, least=0)  # pixels images are resized to first; 0: as they are
+    features: str = ""  # inception (default on a GPU), none (default on a CPU), module:callable
+    feature_size: int = constant(0, least=0)  # pixels to which images are resized first; 0: not
     loss_draws: int = constant(2, least=0)  # held-out faces at each t; 0: no held-out loss
-    seed: int = constant(0, least=0)  # image i depends on (seed, i) alone
+    seed: int = constant(0, least=0)  # image i depends on (seed, i) only
+    # Machine
     batch_size: int = constant(64, least=1)  # images generated at a time
-    guide: str = "auto"  # an early checkpoint whose errors to avoid; auto: the run's own; none
-    autoguidance: float = constant(1.3, least=1)  # how far it leads: 1 not at all, 2 far
-    raw: bool = False  # generate with the weights as trained, not with their average (EMA)
-    device: Literal[*DEVICES] = "auto"  # auto: cuda where there is one, else cpu; mps: untried
+    device: Literal[*DEVICES] = "auto"  # auto: cuda if there is one, else cpu; mps is untried
 
 
 def evaluate(config: EvaluateConfig) -> Path:
@@ -76,7 +78,7 @@ def evaluate(config: EvaluateConfig) -> Path:
 
 
 def evaluate_with(config: EvaluateConfig, processes: Processes) -> Path:
-    """What `evaluate` does, by these processes: each generates its share, rank 0 measures."""
+    """Do what `evaluate` does: each of these processes generates its share, rank 0 measures."""
     device = str(processes.device)
     averaged = load_trained(config.checkpoint or None, device=device)
     raw = load_trained(averaged.path, raw=True, device=device)
@@ -86,24 +88,21 @@ def evaluate_with(config: EvaluateConfig, processes: Processes) -> Path:
     if not config.features:
         config = replace(config, features="none" if device == "cpu" else "inception")
         if device == "cpu":
-            what = "no distances are measured without a GPU, where they take most of an hour"
-            say(f"note: {what}; --features inception asks for them")
+            say("note: distances take most of an hour on a CPU; --features inception asks for them")
     features = find_features(config.features, config.feature_size, device)
-    with processes.first_of_each_machine_first(), reading(trained.path, "take another checkpoint"):
-        data = (config.path_to_data, trained.img_size, settings["only"], settings["attributes"])
-        data += (settings.get("grey", False),)
-        faces = load_faces(*data)
+    source = config.path_to_data or settings.get("path_to_data", "data")
+    with processes.first_of_each_machine_first(), reading(trained.path, "use another checkpoint"):
+        faces = load_faces(source, trained.img_size, settings["only"], settings["attributes"])
     real = split_real(config, faces)
-    guided = f", guided by {trained.guide}," if trained.guide else ""
-    say(f"{trained.path}, step {trained.step}{guided} against {faces.description}")
-    if not faces.matches(settings["faces"]):
+    say(f"{describe(trained)}\n{faces.description}")
+    if faces.fingerprint != settings["faces"]:
         say(f"note: it was trained on other faces ({settings['faces']})")
 
     run = trained.path.parent.parent if trained.path.parent.name == "checkpoints" else Path()
     folder = run / "evaluation"
     check_writable(folder / "evaluation.json", "--checkpoint")
     generated = generate_all(config, trained, faces, folder, processes)
-    if generated:
+    if processes.is_main:
         result = {"checkpoint": str(trained.path), "step": trained.step, "config": asdict(config)}
         result |= {"key": faces.key, "fingerprint": faces.fingerprint}
         result["num_reference"] = len(real[1])
@@ -121,34 +120,43 @@ def evaluate_with(config: EvaluateConfig, processes: Processes) -> Path:
 
 
 def check_config(config: EvaluateConfig) -> None:
-    """Raise UsageError, naming the flag, for what cannot be, whatever the checkpoint."""
+    """Raise UsageError, naming the flag, for what is not possible whatever the checkpoint."""
     check_ranges(config)
     if not config.samplers or len(set(config.samplers)) < len(config.samplers):
-        raise UsageError("--samplers", "names none, or one twice", "give each once, as dpm++:10")
+        raise UsageError(
+            "--samplers", "names none, or one twice", "give each once, such as dpm++:10"
+        )
     if config.loss_draws == 1:
         what = "is 1, which has no standard error"
         raise UsageError("--loss_draws", what, "give 0, or 2 or more")
 
 
 def check_samplers(config: EvaluateConfig, num_timesteps: int) -> None:
-    """Raise UsageError for one of --samplers that cannot be."""
+    """Raise UsageError for one of --samplers that is not possible."""
     for text in config.samplers:
         sampler, _, steps = text.partition(":")
         if not steps.isdecimal() or len(steps) > 9:
             raise UsageError("--samplers", f"is {text!r}", "write name:steps, such as dpm++:10")
         try:
             check_sampler(sampler, int(steps), num_timesteps=num_timesteps)
-        except SamplerError as error:
-            what = f"of {text!r} the {error.argument} {error.what}"
-            raise UsageError("--samplers", what, error.fix) from error
+        except UsageError as error:
+            raise UsageError("--samplers", f"{text!r}: {error.what}", error.fix) from error
 
 
 # The images ---------------------------------------------------------------------------------------
 
 
+class Generated(NamedTuple):
+    """What one sampler has generated."""
+
+    name: str  # name:steps
+    images: np.ndarray  # (N, S, S, 3) uint8
+    seconds: float  # that it took, over all processes
+
+
 def generate_all(config, trained, faces, folder: Path, processes) -> list[Generated]:
-    """Let each sampler generate what does not lie there already, each process as many batches as
-    the others, or one more. The list is empty but in rank 0."""
+    """Let each sampler generate the images that are not kept yet, each process an equal share of
+    the batches. Returns an empty list except in rank 0."""
     digest = source_digest(trained, faces)
     files = {text: generated_files(config, folder, digest, text) for text in config.samplers}
     every = [(text, *batch) for text, batches in files.items() for batch in batches]
@@ -157,23 +165,24 @@ def generate_all(config, trained, faces, folder: Path, processes) -> list[Genera
     for text in files:
         new = sum(len(numbers) for name, numbers, _ in missing if name == text)
         kept = config.num_images - new
-        say(f"{text}: generating {new:,} images, {kept:,} are there already")
+        say(f"{text}: generating {new:,} images; {kept:,} are kept from before")
         ours = [each[1:] for each in share if each[0] == text]
         generate_missing(config, trained, faces, text, ours)
     processes.everyone()
     if not processes.is_main:
         return []
-    for text, batches in files.items():  # where the disk is not a common one, rank 0 does it all
+    for text, batches in files.items():  # all of them, if the processes share no disk
         generate_missing(config, trained, faces, text, batches)
     return [read_generated(text, batches) for text, batches in files.items()]
 
 
 def source_digest(trained: Trained, faces: Faces) -> str:
-    """The digest, in a few letters, of what the images follow from: the checkpoint, the precision,
-    the samplers and, where the network is asked for the attributes of faces, the faces."""
-    with open(trained.path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256")
-    digest.update(f"{trained.dtype}{trained.guided_by}{VERSION}".encode())
+    """A short digest of what the images depend on: the checkpoints, the precision, the samplers'
+    code and, if the network knows attributes, the faces."""
+    digest = hashlib.sha256(f"{trained.dtype} {trained.autoguidance}".encode())
+    for path in (trained.path, trained.guide, samplers.__file__, diffusion.__file__):
+        if path:
+            digest.update(Path(path).read_bytes())
     digest.update(faces.fingerprint.encode() if trained.attribute_names else b"")
     return digest.hexdigest()[:12]
 
@@ -181,17 +190,18 @@ def source_digest(trained: Trained, faces: Faces) -> str:
 def generated_files(
     config: EvaluateConfig, folder: Path, digest: str, text: str
 ) -> list[tuple[range, Path]]:
-    """The images of a sampler, batch by batch: their numbers, and the file that keeps them.
-
-    The folder's name says what else the images depend on, so that none is taken for another."""
+    """The batches of a sampler: the images' numbers, and the file that keeps them. The folder's
+    name has all that the images depend on, so that none is taken for another."""
     weights = "raw" if config.raw else "ema"
     name = f"{text.replace(':', '_')}_{weights}_seed{config.seed}_batch{config.batch_size}_{digest}"
-    return batch_files(config.num_images, config.batch_size, folder / "generated" / name)
+    folder, total, size = folder / "generated" / name, config.num_images, config.batch_size
+    batches = [range(start, min(start + size, total)) for start in range(0, total, size)]
+    return [(each, folder / f"{each.start:06d}-{each.stop:06d}.npz") for each in batches]
 
 
 def generate_missing(config, trained: Trained, faces: Faces, text: str, files) -> None:
-    """Generate the batches that are not there yet. A network that knows attributes is asked for
-    those of training faces, drawn at random."""
+    """Generate the batches that are not kept yet, with the attributes of random training faces if
+    the network knows attributes."""
     sampler, steps = text.split(":")
     options = dict(sampler=sampler, steps=int(steps), batch_size=config.batch_size)
     attributes = None
@@ -208,26 +218,56 @@ def generate_missing(config, trained: Trained, faces: Faces, text: str, files) -
             keep_generated(path, partial(next, images))
 
 
+def keep_generated(path: Path, make: Callable[[], Tensor]) -> None:
+    """Keep in a file the images that `make` returns, (N, 3, H, W) in [-1, 1], and the seconds that
+    it takes."""
+    started = time.perf_counter()
+    images = to_uint8(make()).numpy()
+    seconds = time.perf_counter() - started
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "wb") as file:
+            np.savez(file, images=images, seconds=seconds)
+
+    write_atomically(path, write)
+
+
+def read_generated(name: str, files: Sequence[tuple[range, Path]]) -> Generated:
+    """Read the images that one sampler's files keep. Raises DataError if one is damaged."""
+    images, seconds = [], 0.0
+    for numbers, path in files:
+        try:
+            with np.load(path) as kept:
+                images.append(kept["images"])
+                seconds += float(kept["seconds"])
+            if images[-1].dtype != np.uint8 or images[-1].shape[:1] != (len(numbers),):
+                raise ValueError(f"{images[-1].dtype} {images[-1].shape}")
+        except Exception as error:  # numpy and zipfile raise many kinds
+            fix = "delete it, and it is generated again"
+            raise DataError(path, f"is damaged ({error})", fix) from error
+    return Generated(name, np.concatenate(images), seconds)
+
+
 # The measures -------------------------------------------------------------------------------------
 
 
 def split_real(config: EvaluateConfig, faces: Faces) -> tuple[np.ndarray, np.ndarray]:
-    """Two sets of real faces that share none, as indices: `num_images` that stand where generated
-    ones do (held-out ones first, topped up from the training faces), and the reference. Raises
-    DataError where there are not enough."""
+    """Two disjoint sets of real faces, as indices: `num_images` that are measured like generated
+    ones (held-out faces first, then training faces), and the reference. Raises DataError if there
+    are not enough."""
     random = np.random.default_rng(0)
     order = np.concatenate([random.permutation(faces.held_out), random.permutation(faces.train)])
     floor, rest = order[: config.num_images], order[max(config.num_images, len(faces.held_out)) :]
     wanted = config.num_reference or max(len(rest), 2)
     if len(rest) < wanted:
-        what = f"{config.num_images} of the {len(order):,} faces, put first, leave {len(rest):,}"
-        what += f" for a reference of {wanted:,}"
+        what = f"{config.num_images} of the {len(order):,} faces are set aside, which leaves "
+        what += f"{len(rest):,} for a reference of {wanted:,}"
         raise DataError("--num_reference", what, "lower it, or --num_images")
     return floor, rest[:wanted]
 
 
 def compare_held_out(config: EvaluateConfig, faces: Faces, raw: Trained, averaged: Trained) -> dict:
-    """The loss in ten bands of t and the bits per dimension, of both sets of weights."""
+    """The loss in ten bands of t, and the bits per dimension, for both sets of weights."""
     result = {}
     held_out = faces.images[faces.held_out], faces.attributes[faces.held_out]
     for name, trained in (("raw", raw), ("ema", averaged)):
@@ -237,6 +277,46 @@ def compare_held_out(config: EvaluateConfig, faces: Faces, raw: Trained, average
         result[name] = {"bands": loss.bands(), "loss": float(loss.loss.mean())}
         result[name] |= {"bits_per_dim": bits, "bits_per_dim_error": error}
     return result
+
+
+def measure_images(
+    faces: Faces, features: Features | None, generated: list[Generated], real, device: str = "cpu"
+) -> tuple[dict, list]:
+    """Measure the distances of all samplers' images, and find the training faces nearest to the
+    first sampler's.
+
+    real: the two sets of `split_real`. Returns what evaluation.json says, and the nearest places in
+    faces.train, (N, 2): by pixels and, if there are any, by features."""
+    floor, reference = real
+    held_out = floor[np.isin(floor, faces.held_out)]
+    samplers = {one.name: {"seconds": one.seconds} for one in generated}
+    sets = {"generated": generated[0].images}
+    if len(held_out):
+        sets["held out"] = faces.images[held_out]
+    near, found = {}, []
+    for name, images in sets.items():
+        places, distances = nearest_pixels(images, faces.images, faces.train, device)
+        near[f"{name}, by pixels"] = copies(distances)
+        found.append(places)
+    found = found[:1]
+    if features:
+        chosen = np.concatenate([reference, floor])
+        vectors = features.cached(faces.images, chosen, faces.key)
+        first, rest = vectors[: len(reference)], vectors[len(reference) :]
+        by_sampler = {one.name: features.of(one.images) for one in generated}
+        by_set = {"generated": by_sampler[generated[0].name]}
+        by_set["held out"] = rest[np.isin(floor, faces.held_out)]
+        by_sampler["real faces (the floor)"] = rest
+        for name, values in measure_distances(first, by_sampler).items():
+            samplers[name] = samplers.get(name, {}) | values
+        trained_on = np.flatnonzero(np.isin(chosen, faces.train))
+        for name, images in sets.items():
+            mirrored = features.of(images[:, :, ::-1])
+            rows, distances = nearest_vectors(by_set[name], mirrored, vectors[trained_on], device)
+            near[f"{name}, by features"] = copies(distances)
+            if name == "generated":
+                found.append(np.searchsorted(faces.train, chosen[trained_on][rows]))
+    return {"samplers": samplers, "nearest": near}, found
 
 
 # The report ---------------------------------------------------------------------------------------
@@ -272,8 +352,8 @@ def report(config: EvaluateConfig, result: dict) -> None:
 
 
 def save_nearest_sheet(path: Path, images: np.ndarray, faces: Faces, found: list) -> None:
-    """Save a sheet: generated faces, and under each the nearest training faces. found: (N, 2)
-    indices into the training faces, by pixels and by features where there are any."""
+    """Save a sheet: generated faces, and under each its nearest training faces. found: (N, 2)
+    places in faces.train, by pixels and maybe by features."""
     shown = images[:NUM_SHOWN]
     rows, labels = [shown], ["generated"]
     for name, indices in zip(("pixels", "features"), found, strict=False):

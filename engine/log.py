@@ -1,114 +1,186 @@
-"""What a run leaves for its reader: TensorBoard's file, the sample grids, loss.png."""
+"""What a run tells its user: numbers gathered on the device, a progress bar, TensorBoard, plots."""
 
 import contextlib
-import errno
-import io
-import os
-import socket
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
 
 from system.files import write_atomically
-from system.terminal import warn
+from system.terminal import say, warn
 from utils import save_image
 
 
-class EventFile:
-    """A file that TensorBoard reads: an event is on the disk when `add` returns, or not at all."""
+class Meter:
+    """Gathers numbers on the device and reads them only when asked, so that no step waits for the
+    device: `meter(loss=loss, grad_norm=grad_norm)`.
 
-    def __init__(self, folder: Path, step: int):
-        self.folder, self.step, self.file = folder, step, None
+    Numbers that are not finite are left out of the means and counted instead."""
 
-    def add(self, **event) -> None:
-        """Append an event. event: Event's fields. Raises OSError where the disk refuses."""
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # slow to import
-        from tensorboard.summary.writer.record_writer import RecordWriter
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.streaks: dict[str, Tensor] = {}  # calls in a row that were not finite, up to now
+        self._start()
 
-        if self.file is None or os.fstat(self.file.fileno()).st_nlink == 0:  # or removed
-            seconds, nanoseconds = divmod(time.time_ns(), 10**9)
-            name = f"events.out.tfevents.{seconds:010d}.{nanoseconds:09d}.{socket.gethostname()}"
-            self.file = open(self.folder / name, "ab", buffering=0)
-        end, events = os.fstat(self.file.fileno()).st_size, [event]
-        if end == 0:  # START hides what an interrupted run logged after the step to go on from
-            start = dict(step=self.step + 1, session_log=SessionLog(status=SessionLog.START))
-            events = [dict(file_version="brain.Event:2"), *[start] * (self.step > 0), event]
-        records = io.BytesIO()
-        for each in events:
-            message = Event(wall_time=time.time(), **each)
-            RecordWriter(records).write(message.SerializeToString())
-        try:
-            if self.file.write(records.getbuffer()) < records.tell():
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError:
-            os.truncate(self.file.fileno(), end)  # half a record would hide all that follows
-            raise
+    def _start(self) -> None:
+        self.sums: dict[str, Tensor] = {}  # of a name: total, count, longest streak
 
-    def close(self) -> None:
-        """Close it, if ever it was opened."""
-        if self.file:
-            self.file.close()
+    def __call__(self, **values: Tensor | float) -> None:
+        """Take note of one number for each name. Tensors are scalars."""
+        zero = torch.zeros((), device=self.device)
+        for name, value in values.items():
+            value = torch.as_tensor(value, dtype=torch.float32, device=self.device).detach()
+            finite = torch.isfinite(value)
+            streak = (self.streaks.get(name, zero) + 1) * ~finite
+            total, count, longest = self.sums.get(name, (zero, zero, zero))
+            self.streaks[name] = streak
+            total = total + torch.where(finite, value, 0)
+            self.sums[name] = total, count + finite, torch.maximum(longest, streak)
+
+    def read(
+        self, mean_over_processes: Callable[[Tensor], Tensor]
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """The means since the last reading, and how often in a row each was not finite. All
+        processes call it together, with the same names."""
+        names = list(self.sums)
+        if not names:
+            return {}, {}
+        rows = torch.stack([torch.stack(self.sums[name]) for name in names])
+        self._start()
+        rows = dict(zip(names, mean_over_processes(rows).tolist(), strict=True))
+        means = {name: total / count for name, (total, count, _) in rows.items() if count}
+        return means, {name: longest for name, (_, _, longest) in rows.items()}
+
+
+class Progress:
+    """How far a run is and how fast: a bar in a terminal, elsewhere a line at each log."""
+
+    def __init__(self, step: int, total: int, images_per_step: int, show: bool = True):
+        self.images_per_step, self.show = images_per_step, show
+        self.terminal = sys.stderr.isatty()
+        options = dict(initial=step, total=total, unit="step", dynamic_ncols=True)
+        self.bar = tqdm(disable=not (show and self.terminal), **options)
+        self.done, self.total = step, total
+        self.first: tuple[int, float] | None = None  # the first completed step, and its time
+        self.estimated = not show
+        self.restart()
+
+    def restart(self) -> None:
+        """Restart the clock, after something that is not training."""
+        self.since, self.started = self.done, time.monotonic()
+
+    def step(self) -> None:
+        """Count one more step."""
+        self.done += 1
+        self.bar.update()
+        if not self.estimated:
+            self._estimate(time.monotonic())
+
+    def _estimate(self, now: float) -> None:
+        """Say once how long the run will take, 5 seconds after the first step, which is slower."""
+        if self.first is None:
+            self.first = self.done, now
+        elif now - self.first[1] >= 5:
+            self.estimated = True
+            pace = (now - self.first[1]) / (self.done - self.first[0])
+            left = self.total - self.done
+            minutes = left * pace / 60
+            time_left = f"{minutes:.0f} minutes" if minutes < 120 else f"{minutes / 60:.0f} hours"
+            text = f"about {time_left} for the remaining {left:,} steps on this machine"
+            text += f", at {self.images_per_step / pace:.0f} images/s"
+            if minutes >= 1:
+                self.bar.write(text, sys.stderr) if self.terminal else say(text)
+
+    def log(self, loss: float) -> float:
+        """Show the loss and the speed. Returns images per second since the last log."""
+        seconds = max(time.monotonic() - self.started, 1e-9)
+        steps_per_second = (self.done - self.since) / seconds
+        speed = steps_per_second * self.images_per_step
+        if self.terminal:
+            self.bar.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} images/s", refresh=False)
+        elif self.show:
+            left = (self.total - self.done) / max(steps_per_second, 1e-9)
+            say(
+                f"step {self.done}/{self.total}  loss {loss:.4f}  {speed:.0f} images/s"
+                f"  {tqdm.format_interval(left)} left"
+            )
+        self.restart()
+        return speed
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.bar.close()
 
 
 class RunLog:
-    """A run's numbers and images: TensorBoard in its folder, samples/, loss.png. None of these is
-    worth a run: where one cannot be written a line says so, once, and the training goes on.
+    """TensorBoard's file, samples/ and loss.png in a run's folder. If one of them cannot be written
+    a warning says so once, and the training goes on.
 
-    history: [[step, loss]], kept in the checkpoint so that loss.png shows the whole run."""
+    history: [[step, loss], ...], kept in the checkpoint so that loss.png shows the whole run;
+    constants: what TensorBoard shows as the run's text."""
 
-    def __init__(self, folder: Path, step: int, history: list[list[float]]):
-        self.folder, self.history = folder, history
-        self.events, self.failed = EventFile(folder, step), set()
-
-    def scalars(self, step: int, values: dict[str, float]) -> None:
-        """Log a few numbers of a step."""
-        with self._not_worth_a_run("TensorBoard's file"):
-            from tensorboard.compat.proto.summary_pb2 import Summary
-
-            numbers = [Summary.Value(tag=k, simple_value=v) for k, v in values.items()]
-            self.events.add(step=step, summary=Summary(value=numbers))
-
-    def images(self, step: int, grid: Image.Image) -> None:
-        """Log a grid, and save it as samples/step_XXXXXXXX.png."""
-        with self._not_worth_a_run("samples/"):
-            save_image(grid, self.folder / "samples" / f"step_{step:08d}.png")
-        with self._not_worth_a_run("TensorBoard's file"):
-            from tensorboard.compat.proto.summary_pb2 import Summary
-
-            png = io.BytesIO()
-            grid.save(png, "PNG")
-            size = dict(width=grid.width, height=grid.height, colorspace=3)
-            image = Summary.Image(**size, encoded_image_string=png.getvalue())
-            value = Summary.Value(tag="samples", image=image)
-            self.events.add(step=step, summary=Summary(value=[value]))
-
-    def plot_loss(self) -> None:
-        """Plot the losses so far as loss.png."""
-        if not self.history:
-            return
-        with self._not_worth_a_run("loss.png"):
-            from matplotlib.figure import Figure
-
-            figure = Figure(figsize=(7, 4), layout="constrained")
-            axes = figure.add_subplot(xlabel="step", ylabel="loss", yscale="log")
-            axes.plot(*zip(*self.history, strict=True))
-            path = self.folder / "loss.png"
-            write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
+    def __init__(self, folder: Path, step: int, history: list[list[float]], constants: str = ""):
+        self.folder, self.step, self.history = folder, step, history
+        self.constants, self.failed, self.writer = constants, set(), None
 
     @contextlib.contextmanager
-    def _not_worth_a_run(self, what: str) -> Iterator[None]:
+    def _may_fail(self, what: str) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # a full disk, a folder taken away, a broken library
+        except Exception as error:  # a full disk, a folder that was removed, a broken library
             if what not in self.failed:
                 reason = " ".join(str(error).split())
                 warn(f"{self.folder}: {what} is not written ({reason}); the training goes on")
             self.failed.add(what)
 
-    def __enter__(self) -> "RunLog":
-        return self
+    @contextlib.contextmanager
+    def _tensorboard(self) -> Iterator:
+        with self._may_fail("TensorBoard's file"):
+            if self.writer is None:
+                from torch.utils.tensorboard import SummaryWriter  # slow to import
 
-    def __exit__(self, *_) -> None:
-        self.events.close()
+                # purge_step hides what an interrupted run logged after the checkpoint.
+                purge_step = self.step + 1 if self.step else None
+                self.writer = SummaryWriter(str(self.folder), purge_step=purge_step)
+                self.writer.add_text("constants", self.constants, self.step)
+            yield self.writer
+            self.writer.flush()
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Log the numbers of a step."""
+        with self._tensorboard() as writer:
+            for name, value in values.items():
+                writer.add_scalar(name, value, step)
+
+    def images(self, step: int, grid: Image.Image) -> None:
+        """Log a grid, and save it as samples/step_XXXXXXXX.png."""
+        with self._may_fail("samples/"):
+            save_image(grid, self.folder / "samples" / f"step_{step:08d}.png")
+        with self._tensorboard() as writer:
+            writer.add_image("samples", np.asarray(grid), step, dataformats="HWC")
+
+    def plot_loss(self) -> None:
+        """Plot the losses so far as loss.png."""
+        with self._may_fail("loss.png"):
+            from matplotlib.figure import Figure
+
+            figure = Figure(figsize=(7, 4), layout="constrained")
+            axes = figure.add_subplot(xlabel="step", ylabel="loss", yscale="log")
+            if self.history:
+                axes.plot(*zip(*self.history, strict=True))
+            path = self.folder / "loss.png"
+            write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
+
+    def close(self) -> None:
+        """Close TensorBoard's file."""
+        with self._may_fail("TensorBoard's file"):
+            if self.writer is not None:
+                self.writer.close()

@@ -1,180 +1,262 @@
-"""What a run works with: set up from its constants or its newest checkpoint, and tried out before
-the first step."""
+"""How a run begins: from nothing, from its newest checkpoint, or from other weights; and what is
+tried out before the first step."""
 
-from collections.abc import Callable
-from dataclasses import asdict, replace
-from functools import partial
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
-from dataset.faces import Batches, Faces, load_faces
+from dataset import Batches, Faces, load_faces
 from diffusion import Diffusion
+from engine.log import RunLog
+from engine.run import NoLog, Run, Session, Worker
 from engine.safety import StopSignals, preflight
-from engine.state import (
-    State,
-    check_split,
-    diffusion_arguments,
-    fill_config,
-    make_state,
-    open_run,
-    take_up,
-    unet_arguments,
+from engine.state import diffusion_arguments, make_state, unet_arguments
+from formats.diffusers_folder import diffusers_obstacle
+from formats.weights import Saved, network_constants, open_weights, start_from
+from system.cpu import pinned_threads
+from system.device import (
+    autocast_dtype,
+    compile_network,
+    find_device,
+    precision_note,
+    set_up_device,
 )
-from formats.weights import open_weights, start_from
-from generate import sample_grid, usual_attributes
-from metrics import held_out_loss
-from system.device import autocast_dtype, compile_network, precision_note
-from system.errors import UsageError
-from system.files import save_json
+from system.errors import CheckpointError, UsageError
+from system.files import FolderLock, save_json
+from system.flags import resume_rule
 from system.processes import Processes
 from system.terminal import say
-from utils import reading, save_checkpoint
+from utils import list_checkpoints, load_newest_checkpoint, reading
 
-LOSS_TIMESTEPS = 50  # at which the held-out loss is taken at each save
-
-
-class Run(NamedTuple):
-    """What a run works with, once it is set up."""
-
-    config: Any  # train.Config
-    folder: Path
-    faces: Faces
-    batches: Batches
-    diffusion: Diffusion
-    dtype: torch.dtype | None  # half precision to compute in, or None
-    state: State
-    about: dict  # what a checkpoint holds besides the state
-
-    def save(self, path: Path) -> None:
-        """Write a checkpoint."""
-        save_checkpoint(path, self.about | self.state.state_dict())
-
-    def sample(
-        self, stop: StopSignals, num_samples: int, steps: int = 10
-    ) -> tuple[Image.Image, dict[str, float]] | None:
-        """A grid from the averaged weights and, to log, its mean colour beside the data's, in grey
-        levels; None where a signal came in between."""
-        config = replace(self.config, num_samples=num_samples)
-        model = self.state.ema.model
-        attributes = usual_attributes(self.about["settings"])
-        sampled = sample_grid(config, model, self.diffusion, self.dtype, attributes, stop, steps)
-        if sampled is None:
-            return None
-        grid, mean = sampled
-        some = self.faces.train[np.linspace(0, len(self.faces.train) - 1, 256).astype(int)]
-        means = {"samples": mean * 127.5 + 127.5, "data": self.faces.images[some].mean((0, 1, 2))}
-        return grid, {
-            f"mean_{colour}/{name}": float(value)
-            for name, values in means.items()
-            for colour, value in zip(("red", "green", "blue"), values, strict=True)
-        }
-
-    def held_out_loss(self) -> dict[str, float]:
-        """The averaged weights' loss on held-out faces, always with the same noise; {} of none."""
-        some = self.faces.held_out[:200]
-        if len(some) == 0:
-            return {}
-        images, attributes = self.faces.images[some], self.faces.attributes[some]
-        timesteps = self.diffusion.timesteps(LOSS_TIMESTEPS)
-        options = dict(timesteps=timesteps, draws=4, dtype=self.dtype)
-        options |= dict(batch_size=min(self.config.batch_size, 64))  # what fits in training fits
-        model = self.state.ema.model
-        losses = held_out_loss(model, self.diffusion, images, attributes, **options).loss
-        return {"held_out_loss": float(losses.mean())}
+# Constants that may differ between the machines of a run.
+OF_THE_MACHINE = ("experiment_name", "path_to_data", "resume")
 
 
-def set_up(config, processes: Processes) -> Run:
-    """The faces, the network, and where the run stood: rank 0 knows, the others learn it from it.
-    Raises UserError, by kind."""
-    folder, device = Path(config.experiment_name), processes.device
-    found = processes.share(open_run(folder, config.resume) if processes.is_main else None)
-    if found:
-        config = fill_config(config, *found)
-    origin = None
-    if config.init_from and not found:
-        origin = processes.share(open_weights(config.init_from) if processes.is_main else None)
-    base = (found or origin or (None, {}))[1].get("unet")
-    with processes.first_of_each_machine_first():
-        faces = load_faces(
-            config.path_to_data, config.img_size, config.only, config.attributes, config.grey
+@contextmanager
+def open_run(
+    config: Any, loss: Callable[[Run, int], Tensor], given: frozenset[str] | None = None
+) -> Iterator[Session]:
+    """Begin or resume the run that the constants describe, with all that it needs until its end.
+
+    config: train.Config; loss: (run, number of the micro-batch) -> scalar, for trying the network
+    out; given: the constants that the user set. A resumed run, and one that starts from other
+    weights, takes the others from there (None: all are set). Raises UserError, by kind."""
+    folder = Path(config.experiment_name)
+    processes = Processes(find_device(config.device))
+    device = processes.device
+    set_up_device(device, config.deterministic)
+    stop = StopSignals(several=processes.world_size > 1)
+    lock = FolderLock(folder) if processes.is_main else nullcontext()
+    with stop, processes, lock:
+        # Rank 0 looks for what the run starts from, and shares it.
+        found = processes.share(find_checkpoint(config) if processes.is_main else None)
+        weights = None
+        if found:
+            config = resumed_config(config, found, given)
+            check_split(config, found, processes.world_size)
+        elif config.init_from:
+            weights = processes.share(open_weights(config.init_from) if processes.is_main else None)
+            config = config_for_weights(config, weights, given)
+
+        with processes.first_of_each_machine_first():
+            faces = load_faces(config.path_to_data, config.img_size, config.only, config.attributes)
+        base = (found or weights).unet if found or weights else None
+        about = describe(config, faces, processes.world_size, base)
+        state = make_state(config, device, about["unet"])
+        if found:
+            resume_state(state, found, about["settings"])
+        elif weights:
+            start_from(state.model, state.ema, weights, config)
+        agreed = {k: v for k, v in about["settings"].items() if k not in OF_THE_MACHINE}
+        processes.agree({"step": state.step} | agreed)
+
+        rank, world_size = processes.rank, processes.world_size
+        run = (Session if processes.is_main else Worker)(
+            config=config,
+            state=state,
+            diffusion=Diffusion(**about["diffusion"], device=device),
+            batches=Batches(faces, config.batch_size, config.seed, device, stride=world_size),
+            forward=processes.distribute(state.model),
+            dtype=autocast_dtype(config.mixed_precision, device),
+            rank=rank,
+            world_size=world_size,
+            folder=folder,
+            about=about,
+            faces=faces,
+            processes=processes,
+            stop=stop,
+            lock=lock,
+            run_log=RunLog(folder, state.step, state.history) if processes.is_main else NoLog(),
         )
-    channels = image_channels(config, faces, base, (found or origin or ("",))[0])
-    base = {**(base or {}), "image_channels": 1} if channels == 1 else base
-    split = dict(stride=processes.world_size, channels=channels)
-    batches = Batches(faces, config.batch_size, config.seed, device, **split)
-    diffusion = Diffusion(**diffusion_arguments(config), device=device)
-    dtype = autocast_dtype(config.mixed_precision, device)
-    state = make_state(config, device, dtype == torch.float16, base)
-    facts = {"faces": faces.fingerprint}
-    networks = {"unet": unet_arguments(config, base), "diffusion": diffusion_arguments(config)}
-    split = {"world_size": processes.world_size}
-    split["micro_batches"] = config.gradient_accumulation_steps * processes.world_size
-    usual = {"usual_attributes": faces.usual_attributes()} if config.attributes else {}
-    about = {"settings": asdict(config) | facts | split | usual, **networks}
-    if found:
-        with reading(found[0], "resume from another checkpoint"):
-            was = found[1]["settings"]
-            if faces.matches(was.get("faces", "")):  # maybe by an older kind of checksum
-                was["faces"] = faces.fingerprint
-            check_split(*found, split)
-            take_up(state, *found, config, facts)
-    elif origin:
-        start_from(state, *origin, config)
-    own = ("experiment_name", "path_to_data", "resume")  # may differ from machine to machine
-    shared = {name: value for name, value in about["settings"].items() if name not in own}
-    processes.agree({"step": state.step} | shared)
-    return Run(config, folder, faces, batches, diffusion, dtype, state, about)
+        if state.step < config.num_training_steps:
+            if processes.is_main:
+                rehearse(run)
+            processes.everyone()
+            prepare_network(run, loss)
+        stop.deferred = True  # from now on a signal waits for the end of the step
+        with run.progress, pinned_threads(device):
+            yield run
+        run.run_log.close()
+        say(f"{folder} has all its {state.step:,} steps; look at {folder}/samples, or run")
+        say(f"  python sample.py --checkpoint {folder}")
+        say(f"  tensorboard --logdir {folder}")
 
 
-def image_channels(config, faces: Faces, base: dict | None, path: Path | str) -> int:
-    """C: that of the weights it begins with, else 1 where all images are grey. Raises UsageError
-    where the weights, of `path`, are of others than the images."""
-    channels = base.get("image_channels", 3) if base else 1 if faces.grey else 3
-    if channels == 3 and config.grey:
-        fix = "leave it out, or begin without these weights"
-        raise UsageError("--grey", f"{path} is of colour images", fix)
-    if channels == 1 and not faces.grey:
-        raise UsageError(path, "is of grey images, these have colours", "add --grey")
-    return channels
+# What a run starts from --------------------------------------------------------------------------
 
 
-def rehearse(run: Run, processes: Processes, stop: StopSignals) -> None:
-    """Say what is trained on what; find out now what would fail later."""
-    config, device, model = run.config, processes.device, run.state.model
-    used = str(run.dtype or torch.float32).removeprefix("torch.")
+def find_checkpoint(config: Any) -> Saved | None:
+    """The newest good checkpoint of the run, or None if it starts.
+
+    Raises UsageError if a new run would use the folder of another, CheckpointError if no checkpoint
+    is good."""
+    folder = Path(config.experiment_name)
+    if config.resume:
+        found = load_newest_checkpoint(folder, set_aside=True)
+        if found is None:
+            say(f"nothing to resume in {folder}: starting at step 0")
+            return None
+        return Saved.of(*found)
+    if list_checkpoints(folder):
+        what = f"{folder} already holds the checkpoints of a run"
+        fix = "pass --resume to go on, or choose another name"
+        raise UsageError("--experiment_name", what, fix)
+    return None
+
+
+def resumed_config(config: Any, saved: Saved, given: frozenset[str] | None) -> Any:
+    """The constants of a resumed run: the checkpoint's, except those that the user set.
+
+    Raises UsageError, in the form of flags, if the user set one that must stay as it was."""
+    was = {about.name: saved.settings.get(about.name, about.default) for about in fields(config)}
+    kept = {k: v for k, v in was.items() if given is not None and k not in given | {"resume"}}
+    kept.pop("experiment_name", None)
+    other = [name for name, value in kept.items() if value != getattr(config, name)]
+    config = replace(config, **kept)
+    if other:
+        names = as_flags({name: was[name] for name in other})
+        say(f"the run keeps its constants where they differ from train.py's: {names}")
+    changed = [f for f in fields(config) if getattr(config, f.name) != was[f.name]]
+    fixed = [about.name for about in changed if resume_rule(about) == "fixed"]
+    if fixed:
+        now = as_flags({name: getattr(config, name) for name in fixed})
+        what = f"{saved.path} is of a run with {as_flags({n: was[n] for n in fixed})}, not {now}"
+        raise UsageError("--resume", what, "leave it out, or choose another --experiment_name")
+    changed = [about for about in changed if about.name not in ("resume", "experiment_name")]
+    if changed:
+        text = as_flags({about.name: getattr(config, about.name) for about in changed})
+        say(f"changed from here on: {text}")
+    if steered := [f"--{about.name}" for about in changed if resume_rule(about) == "steered"]:
+        say(f"warning: {', '.join(steered)} changed, so this is a different run from here on")
+    return config
+
+
+def config_for_weights(config: Any, weights: Saved, given: frozenset[str] | None) -> Any:
+    """The constants of a new run that starts from weights: the network's are theirs, except those
+    that the user set."""
+    theirs = network_constants(weights, config.img_size)
+    theirs = {name: value for name, value in theirs.items() if name not in (given or theirs)}
+    other = {name: value for name, value in theirs.items() if value != getattr(config, name)}
+    if other:
+        say(f"the network is that of {weights.path}: {as_flags(other)}")
+    return replace(config, **theirs)
+
+
+def as_flags(values: dict[str, Any]) -> str:
+    """Constants as one would type them."""
+    words = []
+    for name, value in values.items():
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no_{name}")
+        else:
+            words += [f"--{name}", *map(str, value if isinstance(value, tuple | list) else [value])]
+    return " ".join(words)
+
+
+def check_split(config: Any, saved: Saved, world_size: int) -> None:
+    """Raise UsageError if an update would have another number of micro-batches than before."""
+    before, now = saved.settings["micro_batches"], config.gradient_accumulation_steps * world_size
+    if before != now:
+        what = f"an update of {saved.path} has {before} micro-batches, here it has {now}"
+        fix = f"pass --gradient_accumulation_steps {before // world_size} on {world_size} processes"
+        if before % world_size:
+            fitting = [str(count) for count in range(1, before + 1) if before % count == 0]
+            fix = f"start {' or '.join(fitting)} processes"
+        raise UsageError("--gradient_accumulation_steps", what, fix)
+
+
+def describe(config: Any, faces: Faces, world_size: int, base: dict | None) -> dict:
+    """What a checkpoint holds besides the state: the settings, and the constructors' arguments."""
+    settings = asdict(config) | {
+        "faces": faces.fingerprint,
+        "world_size": world_size,
+        "micro_batches": config.gradient_accumulation_steps * world_size,
+    }
+    if config.attributes:
+        settings["usual_attributes"] = faces.usual_attributes()
+    unet, diffusion = unet_arguments(config, base), diffusion_arguments(config)
+    return {"settings": settings, "unet": unet, "diffusion": diffusion}
+
+
+def resume_state(state, saved: Saved, settings: dict) -> None:
+    """Load a checkpoint's state. Raises UsageError if the faces are others, CheckpointError if the
+    checkpoint does not fit."""
+    was, now = saved.settings.get("faces"), settings["faces"]
+    if was != now:
+        what = f"{saved.path} was trained on other faces: {was}, not {now}"
+        raise UsageError("--path_to_data", what, "give the same faces, or start another run")
+    if "optimizer" not in saved.contents:
+        fix = f"start a new run with --init_from {saved.path} and another --experiment_name"
+        raise CheckpointError(saved.path, "holds weights only, so nothing can be resumed", fix)
+    with reading(saved.path, "resume from another checkpoint"):
+        state.load_state_dict(saved.contents)
+    say(f"resumed {saved.path}")
+
+
+# Before the first step ---------------------------------------------------------------------------
+
+
+def rehearse(run: Session) -> None:
+    """Say what is trained on what, and try what the run will do later: grids, held-out loss, saves.
+
+    Raises ResourceError if the memory or the disk does not suffice."""
+    config, device, model = run.config, run.diffusion.device, run.state.model
     if note := precision_note(config.mixed_precision, run.dtype, device):
         say(note)
-    millions = sum(p.numel() for p in model.parameters()) / 1e6
     say(run.faces.description)
-    if run.batches.channels == 1:
-        say("all images are grey, so the network has one channel")
-    say(f"{millions:.1f} M weights in {used} on {processes.world_size} x {device.type}")
+    used = str(run.dtype or torch.float32).removeprefix("torch.")
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    say(f"{millions:.1f} M weights in {used} on {run.world_size} x {device.type}")
+    if obstacle := diffusers_obstacle(model, config.prediction):
+        say(f"note: diffusers cannot load these weights later ({obstacle})")
     size = sum(p.nbytes for p in model.parameters())
-    needed = (config.keep_checkpoints + 2) * size * 4  # weights, EMA, two moments of Adam's
-    sample = partial(run.sample, stop, config.num_samples, steps=1)  # as large as it will be
-    preflight(run.folder, needed, sample, run.save)
+    needed = (config.keep_checkpoints + 2) * size * 4  # weights, average, two moments
+
+    def try_out() -> None:
+        moments = [torch.empty_like(p) for p in model.parameters() for _ in range(2)]
+        run.grid(config.num_samples, steps=1)
+        run.held_out_loss()
+        del moments  # which the optimiser will have by then
+
+    preflight(run.folder, needed, try_out, run.save_to)
     save_json(run.folder / "config.json", asdict(config))
 
 
-def prepare_network(
-    run: Run, processes: Processes, loss: Callable[[nn.Module], Tensor]
-) -> nn.Module:
-    """The network as the step calls it: distributed, on a GPU compiled.
-
-    loss: of the first batch, by the network it is given. Raises ResourceError."""
-    forward = processes.distribute(run.state.model)
-    if run.config.compile and processes.device.type == "cuda":
-        say("compiling the network, a minute or two; --no_compile does without")
-        seconds = compile_network(forward, lambda: loss(forward))
+def prepare_network(run: Session, loss: Callable[[Run, int], Tensor]) -> None:
+    """Compile the network on a GPU; make a distributed one ready. Raises ResourceError."""
+    micro_batches = run.config.gradient_accumulation_steps * run.world_size
+    number = run.state.step * micro_batches + run.rank
+    if run.config.compile and run.diffusion.device.type == "cuda":
+        say("compiling the network, which takes a minute or two; --no_compile skips it")
+        seconds = compile_network(run.forward, lambda: loss(run, number))
         say(f"compiled in {seconds:.0f} s")
-    elif processes.world_size > 1:
-        # After the first exchange DDP orders the gradients anew, and in another order several add
-        # up to other roundings: let that be over, or a resumed run would differ in one step.
-        loss(forward).backward()
-        forward.zero_grad()
-    return forward
+    elif run.world_size > 1:
+        # After its first exchange DDP reorders the gradients, and sums round differently. Do that
+        # now, or the first step of a resumed run would differ from that of an unbroken one.
+        loss(run, number).backward()
+        run.forward.zero_grad()

@@ -1,8 +1,6 @@
 """What the machine computes with: what is set for the whole process, the precision that a device
 has, and whether this torch has anything for the device at all."""
 
-import contextlib
-import ctypes
 import os
 import re
 import time
@@ -11,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from system.cpu import keep_freed_memory
 from system.errors import ResourceError, UsageError
 
 # The last wheels of torch with kernels for GPUs before Turing.
@@ -77,15 +76,6 @@ def compile_network(network: nn.Module, loss: Callable[[], Tensor], **options) -
     finally:
         network.zero_grad(set_to_none=True)
     return time.monotonic() - started
-
-
-def keep_freed_memory() -> None:
-    """Let the C library keep large blocks that are freed, for the next use. Left alone it gives the
-    memory of each tensor back to the system and asks for it anew, a tenth of a step on a CPU."""
-    with contextlib.suppress(OSError, AttributeError):  # another system or C library
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block of its own for a large tensor
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def check_gpu(device: torch.device) -> None:

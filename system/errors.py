@@ -17,6 +17,7 @@ class UserError(Exception):
 
     def __init__(self, where: object, what: str, fix: str):
         super().__init__(f"{where}: {what}. Fix: {fix}")
+        self.what, self.fix = what, fix
 
 
 class UsageError(UserError):
@@ -35,8 +36,8 @@ class CheckpointError(UserError):
     exit_code = 4
 
 
-class NewerFormatError(CheckpointError):
-    """A checkpoint that a newer version of this program can read."""
+class FormatError(CheckpointError):
+    """A good checkpoint that another version of this program can read."""
 
 
 class ResourceError(UserError):

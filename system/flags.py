@@ -138,6 +138,12 @@ def parse(
     return cls(**{key: value for key, value in values.items() if key not in presets})
 
 
+def given(cls: type, args: Sequence[str]) -> frozenset[str]:
+    """The fields of the dataclass that flags in `args` set."""
+    names = {re.sub(r"^--(no[-_])?", "", arg.split("=")[0]).replace("-", "_") for arg in args}
+    return frozenset(about.name for about in fields(cls) if about.name in names)
+
+
 def _groups(default: Any, first: list) -> dict[str, list]:
     """The fields of a dataclass by the comment above them, with `first` in front."""
     groups: dict[str, list] = {}
