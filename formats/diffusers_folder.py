@@ -191,12 +191,12 @@ def read_folder(path: Path) -> dict:
     Raises CheckpointError, naming file and setting, for what our network is not or a bad file."""
     folder = path.parent
     root = folder.parent if folder.name in ("unet", "unet_ema") else folder
-    if (root / "model_index.json").is_file():
-        index = read_json(root / "model_index.json")
+    if (index_file := root / "model_index.json").is_file():
+        index = read_json(index_file)
         others = [key for key in index if key[:1] != "_" and key not in ("unet", "scheduler")]
         if others:
             what = f"is a {str(index.get('_class_name'))[:100]} with {', '.join(others)[:100]}"
-            raise CheckpointError(root, what, "take a pipeline of a UNet2DModel alone")
+            raise CheckpointError(index_file, what, "take a pipeline of a UNet2DModel alone")
     arguments, unet, flip = read_unet_config(folder / "config.json")
     diffusion = read_scheduler_config(find_scheduler(root))
     step, settings = read_run(root / RUN)
@@ -277,7 +277,7 @@ def read_bounded(path: Path) -> dict:
 
 
 def find_scheduler(root: Path) -> Path:
-    """The scheduler's file in a folder, or beside a trainer's checkpoint. Raises CheckpointError."""
+    """The scheduler's file in a folder or beside a trainer's checkpoint. Raises CheckpointError."""
     folders = root / "scheduler", root, root.absolute().parent / "scheduler"
     for path in (folder / "scheduler_config.json" for folder in folders):
         if path.is_file():

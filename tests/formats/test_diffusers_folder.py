@@ -1,20 +1,30 @@
-"""Folders of diffusers', written and read, against the real diffusers; nothing is downloaded."""
+"""Folders of diffusers, written and read, compared with diffusers itself; nothing is downloaded."""
 
 import json
 import os
+import re
 import struct
 
 import pytest
 import torch
 from conftest import needs_posix
-from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import (
+    DDIMPipeline,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    ScoreSdeVeScheduler,
+    UNet2DModel,
+)
+from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from diffusion import NOISE_SCHEDULES, Diffusion, image_generators
+from diffusion import NOISE_SCHEDULES, PREDICTIONS, Diffusion, image_generators
 from formats import safe_files
-from formats.diffusers_format import read_folder, to_diffusers, write_folder
+from formats.diffusers_folder import diffusers_obstacle, to_diffusers, write_folder
 from formats.safe_files import read_json
+from formats.weights import open_weights
 from system.errors import CheckpointError, ResourceError
 from unet import UNet
 
@@ -81,16 +91,17 @@ def theirs_in(folder, kind="cifar10", scheduler=None, **changes):
 
 
 def built(folder):
-    saved = read_folder(folder)
-    model = UNet(**saved["unet"])
-    model.load_state_dict(saved["ema"]["model"])
-    return model.eval(), Diffusion(**saved["diffusion"])
+    saved = open_weights(folder)
+    model = UNet(**saved.unet)
+    model.load_state_dict(saved.ema)
+    return model.eval(), Diffusion(**saved.diffusion)
 
 
 def assert_same_output(ours, theirs, size):
     x, t = torch.randn(3, 3, size, size), torch.tensor([0, 17, 999])
     with torch.no_grad():
-        a, b = ours(x, t), theirs(x, t).sample
+        a, b = ours(x, t), theirs(x, t)
+    b = b if isinstance(b, torch.Tensor) else b.sample
     assert b.std() > 0.01
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
@@ -127,7 +138,7 @@ def test_pipelines_sample_by_the_variance_of_our_ddpm(tmp_path):
     scheduler = DDPMPipeline.from_pretrained(tmp_path).scheduler
     scheduler.set_timesteps(20)
     for t in (1, 10, 19):
-        wanted = Diffusion(**COSINE).posterior_variance[t]
+        wanted = Diffusion(**COSINE).posterior_log_variance_clipped[t].exp()
         torch.testing.assert_close(scheduler._get_variance(t), wanted, rtol=1e-3, atol=0)
 
 
@@ -149,19 +160,34 @@ def test_schedule_that_diffusers_has_no_name_for_is_kept_as_its_betas(tmp_path, 
     write_folder(tmp_path, make_ours(), COSINE | dict(noise_schedule="straight"), {})
     scheduler = DDPMPipeline.from_pretrained(tmp_path).scheduler
     torch.testing.assert_close(scheduler.betas.double(), betas, rtol=1e-6, atol=0)
-    assert read_folder(tmp_path)["diffusion"]["noise_schedule"] == "straight"
+    assert open_weights(tmp_path).diffusion["noise_schedule"] == "straight"
 
 
 @pytest.mark.parametrize(
     "changes, setting",
     [
         ({"channels": 24, "norm_groups": 0}, "norm_groups"),
-        ({"head_dim": 48, "attn_resolutions": (16, 8)}, "head_dim"),
+        ({"channel_mults": (1, 3), "head_dim": 48, "attn_resolutions": (16, 8)}, "head_dim"),
     ],
 )
 def test_network_that_diffusers_cannot_express_is_refused_by_its_setting(changes, setting):
+    model = make_ours(**changes)
     with pytest.raises(ValueError, match=f"^{setting}: "):
-        to_diffusers(make_ours(**changes))
+        to_diffusers(model)
+    assert diffusers_obstacle(model, "v").startswith(f"{setting}: ")
+
+
+def test_prediction_that_diffusers_lacks_is_an_obstacle(monkeypatch):
+    assert [diffusers_obstacle(make_ours(), each) for each in ("eps", "v")] == ["", ""]
+    monkeypatch.setitem(PREDICTIONS, "new", PREDICTIONS["v"]._replace(diffusers_name=""))
+    assert diffusers_obstacle(make_ours(), "new").startswith("prediction: ")
+
+
+def test_single_head_of_any_width_moves_both_ways(tmp_path):
+    model = make_ours(head_dim=64, attn_resolutions=(16, 8))  # widths 32 and 64
+    write_folder(tmp_path, model, COSINE, {})
+    assert_same_output(model, DDPMPipeline.from_pretrained(tmp_path).unet, 16)
+    assert_same_output(model, built(tmp_path)[0], 16)
 
 
 # There and back ----------------------------------------------------------------------------------
@@ -173,13 +199,13 @@ def test_our_folder_comes_back_as_it_was(tmp_path, half):
     settings = {"attributes": ["Smiling", "Male"], "only": [], "faces": "abc", "img_size": 16}
     run = {"step": 500_000, "settings": settings}
     write_folder(tmp_path, model, COSINE, run, half=half)
-    saved = read_folder(tmp_path)
-    assert saved["step"] == 500_000 and saved["diffusion"] == COSINE
-    assert saved["settings"]["attributes"] == ("Smiling", "Male")
-    assert saved["settings"]["faces"] == "abc"
+    saved = open_weights(tmp_path)
+    assert saved.step == 500_000 and saved.diffusion == COSINE
+    assert saved.settings["attributes"] == ("Smiling", "Male")
+    assert saved.settings["faces"] == "abc"
     ours = model.state_dict()
-    assert ours.keys() == saved["model"].keys() == saved["ema"]["model"].keys()
-    for name, tensor in saved["model"].items():
+    assert ours.keys() == saved.model.keys() == saved.ema.keys()
+    for name, tensor in saved.model.items():
         assert torch.equal(tensor, ours[name].half().float() if half else ours[name]), name
     size = (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size
     assert size < 1.1 * sum(p.numel() for p in model.parameters()) * (2 if half else 4) + 20_000
@@ -226,13 +252,15 @@ def test_files_at_the_root_and_old_names_of_attention_are_read(tmp_path):
         for path in (tmp_path / part).iterdir():
             path.rename(tmp_path / path.name)
         (tmp_path / part).rmdir()
-    path = tmp_path / "diffusion_pytorch_model.safetensors"
-    weights = load_file(path)
-    olds = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
-    for new, old in olds.items():
-        weights = {name.replace(f".{new}.", f".{old}."): each for name, each in weights.items()}
-    assert any(".proj_attn." in name for name in weights)
-    save_file(weights, path, {"format": "pt"})
+    olds = {
+        ".to_q.": ".query.",
+        ".to_k.": ".key.",
+        ".to_v.": ".value.",
+        ".to_out.0.": ".proj_attn.",
+    }
+    pattern = "|".join(map(re.escape, olds))
+    rename_weights(tmp_path, lambda name: re.sub(pattern, lambda found: olds[found[0]], name))
+    assert any(".proj_attn." in name for name in load_file(tmp_path / path.name))
     assert_same_output(built(tmp_path)[0], theirs, 16)
 
 
@@ -240,6 +268,7 @@ def test_files_at_the_root_and_old_names_of_attention_are_read(tmp_path):
     "scheduler, wanted",
     [
         (DDPMScheduler(100, beta_start=1e-3, beta_end=0.2), (100, "linear", "eps")),
+        (DDPMScheduler(500), (500, "linear_unscaled", "eps")),
         (
             DDIMScheduler(50, beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction"),
             (50, "cosine", "v"),
@@ -248,7 +277,49 @@ def test_files_at_the_root_and_old_names_of_attention_are_read(tmp_path):
 )
 def test_scheduler_becomes_our_diffusion(tmp_path, scheduler, wanted):
     theirs_in(tmp_path, scheduler=scheduler)
-    assert tuple(read_folder(tmp_path)["diffusion"].values()) == wanted
+    saved = open_weights(tmp_path)
+    assert tuple(saved.diffusion.values()) == wanted
+    ours = Diffusion(**saved.diffusion).betas
+    torch.testing.assert_close(ours, scheduler.betas, rtol=1e-3, atol=0)
+
+
+def rename_weights(folder, change):
+    """Change the names of the weights in a folder's file."""
+    path = folder / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    save_file({change(name): tensor for name, tensor in weights.items()}, path, {"format": "pt"})
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_prefixes_of_wrapped_networks_are_read(tmp_path, prefix):
+    theirs = theirs_in(tmp_path)
+    rename_weights(tmp_path / "unet", lambda name: prefix + name)
+    assert_same_output(built(tmp_path)[0], theirs, 16)
+
+
+def test_variant_and_the_folder_of_the_network_alone_are_read(tmp_path):
+    theirs = theirs_in(tmp_path)
+    path = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+    variant = path.rename(path.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    for given in (tmp_path, tmp_path / "unet", variant):
+        assert_same_output(built(given)[0], theirs, 16)
+
+
+def test_checkpoint_of_a_trainer_is_read_by_its_average_and_the_scheduler_beside_it(tmp_path):
+    checkpoint = tmp_path / "checkpoint-500"
+    trained = shaken(UNet2DModel(**CIFAR10))
+    trained.save_pretrained(checkpoint / "unet")
+    average = EMAModel(
+        shaken(trained).parameters(), model_cls=UNet2DModel, model_config=trained.config
+    )
+    average.save_pretrained(checkpoint / "unet_ema")
+    fix = r"scheduler_config.json: does not exist.*Fix: write it"
+    for given in (checkpoint, checkpoint / "unet_ema"):
+        with pytest.raises(CheckpointError, match=fix):
+            open_weights(given)
+    DDPMScheduler(1000).save_pretrained(tmp_path / "scheduler")
+    for given in (checkpoint, checkpoint / "unet_ema"):
+        assert_same_output(built(given)[0], trained, 16)
 
 
 # What is refused ---------------------------------------------------------------------------------
@@ -268,7 +339,7 @@ def test_scheduler_becomes_our_diffusion(tmp_path, scheduler, wanted):
         ("unet/config.json", dict(sample_size=[16, 24]), "sample_size"),
         ("unet/config.json", dict(sample_size=20), "sample_size"),
         ("unet/config.json", dict(attention_head_dim=7), "attention_head_dim"),
-        ("unet/config.json", dict(norm_num_groups=5), "norm_num_groups"),
+        ("unet/config.json", dict(norm_num_groups=5), "divisible by num_groups"),
         ("unet/config.json", dict(norm_eps=float("nan")), "norm_eps"),
         ("unet/config.json", dict(in_channels=4), "in_channels"),
         ("unet/config.json", dict(_class_name="UNet2DConditionModel"), "_class_name"),
@@ -278,7 +349,9 @@ def test_scheduler_becomes_our_diffusion(tmp_path, scheduler, wanted):
         ("scheduler/scheduler_config.json", dict(prediction_type="sample"), "prediction_type"),
         ("scheduler/scheduler_config.json", dict(num_train_timesteps=10**12), "num_train"),
         ("scheduler/scheduler_config.json", dict(trained_betas=["a"] * 1000), "trained_betas"),
-        ("scheduler/scheduler_config.json", dict(_class_name="ScoreSdeVeScheduler"), "_class_name"),
+        ("unet/config.json", dict(setting_of_tomorrow=1), "setting_of_tomorrow"),
+        ("unet/config.json", dict(down_block_types=7), "down_block_types"),
+        ("unet/config.json", dict(flip_sin_to_cos="yes"), "flip_sin_to_cos"),
         ("model_index.json", dict(vqvae=["diffusers", "VQModel"]), "vqvae"),
     ],
 )
@@ -286,7 +359,7 @@ def test_what_our_network_is_not_is_refused_by_the_setting(tmp_path, file, chang
     theirs_in(tmp_path)
     edit_json(tmp_path / file, **changes)
     with pytest.raises(CheckpointError, match=part) as error:
-        read_folder(tmp_path)
+        open_weights(tmp_path)
     assert str(tmp_path / file) in str(error.value) and "\n" not in str(error.value)
 
 
@@ -299,7 +372,7 @@ def test_pipe_in_place_of_a_configuration_is_not_waited_for(tmp_path):
         read_json(tmp_path / "unet" / "config.json")
 
 
-def test_full_disk_under_safetensors_is_one_line(tmp_path, monkeypatch):
+def test_full_disk_under_safetensors_is_one_error(tmp_path, monkeypatch):
     def full(*_):
         raise SafetensorError("I/O error: No space left on device")
 
@@ -309,77 +382,83 @@ def test_full_disk_under_safetensors_is_one_line(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def header_of(path):
-    data = path.read_bytes()
-    (length,) = struct.unpack("<Q", data[:8])
-    return json.loads(data[8 : 8 + length]), data[8 + length :]
+def test_scheduler_without_betas_is_refused(tmp_path):
+    theirs_in(tmp_path, scheduler=ScoreSdeVeScheduler())
+    with pytest.raises(CheckpointError, match="scheduler_config.json: beta_schedule is None"):
+        open_weights(tmp_path)
 
 
 def with_header(path, change):
-    header, body = header_of(path)
+    """Change the header of a file of safetensors, and nothing else."""
+    data = path.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
     change(header)
     text = json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + body)
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
 
 
-def widen(header):
-    header["conv_in.weight"]["shape"] = [10**9, 3, 3, 3]
+def with_weights(path, change):
+    """Change the tensors in a file of safetensors, by name."""
+    weights = load_file(path)
+    change(weights)
+    save_file(weights, path, {"format": "pt"})
 
 
-def retype(header):
-    header["conv_in.weight"]["dtype"] = "I64"
+BAD_WEIGHTS = {
+    "empty": (lambda p: p.write_bytes(b""), "is damaged"),
+    "cut": (lambda p: p.write_bytes(p.read_bytes()[:-100]), "is damaged"),
+    "cut in the header": (lambda p: p.write_bytes(p.read_bytes()[:1000]), "is damaged"),
+    "deep header": (lambda p: p.write_bytes(struct.pack("<Q", 10**7) + b"[" * 10**7), "is damaged"),
+    "header that lies about a shape": (
+        lambda p: with_header(p, lambda h: h["conv_in.weight"].update(shape=[10**9, 3, 3, 3])),
+        "is damaged",
+    ),
+    "header that lies about a place": (
+        lambda p: with_header(p, lambda h: h["conv_in.weight"].update(data_offsets=[0, 10**15])),
+        "is damaged",
+    ),
+    "missing": (
+        lambda p: with_weights(p, lambda w: w.pop("conv_in.bias")),
+        r"conv_in.bias is missing, by config.json it is \(32,\)",
+    ),
+    "one more": (
+        lambda p: with_weights(p, lambda w: w.update(more=torch.zeros(2))),
+        r"more is \(2,\), by config.json it is absent",
+    ),
+    "another shape": (
+        lambda p: with_weights(p, lambda w: w.update({"conv_in.bias": torch.zeros(31)})),
+        r"conv_in.bias is \(31,\), by config.json it is \(32,\)",
+    ),
+    "not finite": (
+        lambda p: with_weights(p, lambda w: w["conv_in.bias"].fill_(float("nan"))),
+        "conv_in.bias is not finite",
+    ),
+    "pickle": (lambda p: p.rename(p.with_suffix(".bin")), "is a pickle"),
+    "no file": (lambda p: p.unlink(), "does not exist"),
+}
 
 
-def move(header):
-    header["conv_in.weight"]["data_offsets"] = [0, 10**15]
-
-
-@pytest.mark.parametrize(
-    "spoil, part",
-    [
-        (lambda p: p.write_bytes(b""), "is damaged"),
-        (lambda p: p.write_bytes(p.read_bytes()[:-100]), "is damaged"),
-        (lambda p: p.write_bytes(p.read_bytes()[:1000]), "is damaged"),
-        (lambda p: p.write_bytes(b"\xff" * 5000), "is damaged"),
-        (lambda p: p.write_bytes(struct.pack("<Q", 20) + b"[" * 20), "is damaged"),
-        (lambda p: p.write_bytes(struct.pack("<Q", 10**7) + b"[" * 10**7), "is damaged"),
-        (lambda p: with_header(p, lambda h: h.pop("conv_in.bias")), "lacks conv_in.bias"),
-        (lambda p: with_header(p, widen), r"conv_in.weight has the shape \(1000000000"),
-        (lambda p: with_header(p, retype), "conv_in.weight is of type I64"),
-        (lambda p: with_header(p, move), "is damaged"),
-        (lambda p: save_file({"x": torch.zeros(2)}, p), "lacks"),
-        (lambda p: p.rename(p.with_suffix(".bin")), "is a pickle"),
-        (lambda p: p.unlink(), "does not exist"),
-    ],
-)
-def test_wrong_cut_and_hostile_weights_are_one_line(tmp_path, spoil, part):
+@pytest.mark.parametrize("kind", BAD_WEIGHTS)
+def test_bad_weights_are_one_error(tmp_path, kind):
+    spoil, part = BAD_WEIGHTS[kind]
     theirs_in(tmp_path)
     spoil(tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
     with pytest.raises(CheckpointError, match=part) as error:
-        read_folder(tmp_path)
+        open_weights(tmp_path)
     assert "diffusion_pytorch_model" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_weights_that_are_not_finite_are_refused(tmp_path):
-    theirs_in(tmp_path)
-    path = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
-    weights = load_file(path)
-    weights["conv_in.bias"][3] = float("nan")
-    save_file(weights, path, {"format": "pt"})
-    with pytest.raises(CheckpointError, match="conv_in.bias is not finite"):
-        read_folder(tmp_path)
-
-
-@pytest.mark.parametrize("text", ["", "[]", "{", "[" * 100_000, "null", "\xff", " " * (1 << 21)])
 @pytest.mark.parametrize(
     "file", ["unet/config.json", "scheduler/scheduler_config.json", "model_index.json", "run.json"]
 )
-def test_damaged_json_is_one_line(tmp_path, file, text):
+def test_damaged_json_is_one_error(tmp_path, file):
     write_folder(tmp_path, make_ours(), COSINE, {"step": 1, "settings": {}})
-    (tmp_path / file).write_text(text, encoding="latin-1")
-    with pytest.raises(CheckpointError, match="is damaged|squares") as error:
-        read_folder(tmp_path)
-    assert "\n" not in str(error.value)
+    for text in ("", "[]", "{", "[" * 100_000, "null", "\xff", " " * (1 << 21)):
+        (tmp_path / file).write_text(text, encoding="latin-1")
+        with pytest.raises(CheckpointError, match=f"{file}: is damaged") as error:
+            open_weights(tmp_path)
+        assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -387,21 +466,20 @@ def test_damaged_json_is_one_line(tmp_path, file, text):
     [
         dict(settings=[]),
         dict(step="x"),
+        dict(step=-1),
         dict(settings={"attributes": "Smiling"}),
         dict(settings={"attributes": [1]}),
-        dict(settings={"attributes": ["a"] * 2000}),
         dict(settings={"only": {}}),
-        dict(step=-1),
     ],
 )
-def test_run_json_that_holds_something_else_is_one_line(tmp_path, run):
+def test_run_json_with_other_contents_is_one_error(tmp_path, run):
     write_folder(tmp_path, make_ours(), COSINE, run)
-    with pytest.raises(CheckpointError, match="run.json: (is damaged|holds no names)"):
-        read_folder(tmp_path)
+    with pytest.raises(CheckpointError, match="run.json: is damaged"):
+        open_weights(tmp_path)
 
 
 def test_attribute_map_must_fit_the_names(tmp_path):
     run = {"step": 1, "settings": {"attributes": ["Smiling"]}}
     write_folder(tmp_path, make_ours(num_attributes=2), COSINE, run)
-    with pytest.raises(CheckpointError, match="attribute_map.weight has the shape"):
-        read_folder(tmp_path)
+    with pytest.raises(CheckpointError, match=r"attribute_map.weight is \(128, 2\), .* \(128, 1\)"):
+        open_weights(tmp_path)
