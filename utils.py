@@ -22,14 +22,14 @@ from torchvision.utils import make_grid
 from system.errors import (
     CheckpointError,
     DivergedError,
-    NewerFormatError,
+    FormatError,
     UserError,
     is_out_of_memory,
 )
 from system.files import sync, write_atomically
 from system.terminal import warn
 
-CHECKPOINT_FORMAT = 1
+CHECKPOINT_FORMAT = 2
 PARTS = {"step": int, "settings": dict, "unet": dict, "diffusion": dict, "history": list}
 _DIGEST = b"sha256:"  # begins the archive's comment, its last bytes
 _COMMENT_BYTES = len(_DIGEST) + 64
@@ -82,7 +82,7 @@ def save_checkpoint(path: Path, state: dict) -> None:
             raise OSError(str(error).split("\n")[0]) from error
         sign(temporary)
         with open(temporary, "rb+") as file:
-            sync(file.fileno(), path.parent)
+            sync(file.fileno())
         try:
             load_checkpoint(temporary)
         except CheckpointError as error:
@@ -159,9 +159,11 @@ def load_checkpoint(path: Path) -> dict:
         raise CheckpointError(path, f"cannot be loaded as plain weights ({reason})", fix) from error
     if not isinstance(state, dict) or not isinstance(state.get("format"), int):
         raise CheckpointError(path, "is not a checkpoint", fix)
-    if state["format"] > CHECKPOINT_FORMAT:
-        what = f"has format {state['format']}, this program reads up to {CHECKPOINT_FORMAT}"
-        raise NewerFormatError(path, what, "upgrade the program")
+    if state["format"] != CHECKPOINT_FORMAT:
+        newer = state["format"] > CHECKPOINT_FORMAT
+        what = f"has format {state['format']}, this program reads format {CHECKPOINT_FORMAT}"
+        fix = "upgrade the program" if newer else "use the version of the program that wrote it"
+        raise FormatError(path, what, fix)
     for name, kind in PARTS.items():
         part = state.get(name, kind())
         if not isinstance(part, kind) or name == "step" and part < 0:
@@ -179,7 +181,7 @@ def load_newest_checkpoint(folder: Path, set_aside: bool = False) -> tuple[Path,
         try:
             state = load_checkpoint(path)
         except CheckpointError as error:
-            if isinstance(error, NewerFormatError):  # sound: no older one may take its place
+            if isinstance(error, FormatError):  # sound: no older one may take its place
                 raise
             damaged.append((path, error))
             continue
@@ -192,36 +194,6 @@ def load_newest_checkpoint(folder: Path, set_aside: bool = False) -> tuple[Path,
     if damaged:
         raise damaged[-1][1]
     return None
-
-
-def find_checkpoint(path: str | Path | None) -> Path:
-    """The file meant by a checkpoint file, a run's folder (its newest), or None (the newest run
-    under the current folder). Raises CheckpointError where there is none."""
-    if path is None:
-        found = [p for p in Path().glob("*/checkpoints/step_*.pt") if p.exists()]  # no dead links
-        newest = max(found, key=lambda p: (p.stat().st_mtime, p.name), default=None)
-        if newest is None:
-            fix = "train first, or name one"
-            raise CheckpointError(
-                "--checkpoint", "no */checkpoints/step_*.pt under this folder", fix
-            )
-        return newest
-    path = Path(path)
-    if not path.is_dir():
-        return path
-    folder = path.parent if path.name == "checkpoints" else path
-    checkpoints = list_checkpoints(folder)
-    if not checkpoints:
-        raise CheckpointError(path, "holds no checkpoints/step_*.pt", "name the folder of a run")
-    return checkpoints[0]
-
-
-def open_checkpoint(given: str | Path | None) -> tuple[Path, dict]:
-    """Read what `find_checkpoint` finds; of a run the newest good one. Returns its path too."""
-    path = find_checkpoint(given)
-    if given is not None and not Path(given).is_dir():
-        return path, load_checkpoint(path)
-    return load_newest_checkpoint(path.parent.parent)
 
 
 def find_guide(folder: Path, num_training_steps: int) -> Path | None:

@@ -18,7 +18,7 @@ from dataset.faces import Batches, Faces
 from diffusion import Diffusion
 from engine.safety import Watch
 from engine.state import diffusion_arguments, make_state, unet_arguments
-from formats.diffusers_format import to_diffusers
+from formats.diffusers_folder import to_diffusers
 from system.device import autocast_dtype, set_up_device
 from system.errors import UsageError
 from system.threads import a_core_each

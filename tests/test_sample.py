@@ -25,6 +25,7 @@ from benchmarks.sample_speed import SampleSpeedConfig
 from benchmarks.train_speed import TrainSpeedConfig
 from convert import ConvertConfig, convert
 from evaluate import EvaluateConfig
+from formats.weights import find_checkpoint
 from generate import add_guide, generate, load_trained
 from sample import SampleConfig, main, sample
 from samplers import SAMPLERS
@@ -34,7 +35,6 @@ from train import Config, train
 from unet import GroupNorm
 from utils import (
     checkpoint_path,
-    find_checkpoint,
     list_checkpoints,
     load_checkpoint,
     save_checkpoint,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 
-from formats.diffusers_format import to_diffusers
+from formats.diffusers_folder import to_diffusers
 from unet import UNet, default_channel_mults, sinusoidal_embedding
 
 SMALL = dict(img_size=16, channels=64, channel_mults=(1, 2), attn_resolutions=(8,), head_dim=32)

@@ -28,12 +28,12 @@ from PIL import Image
 import utils
 from engine import session as run_module
 from engine.state import make_state
+from formats.weights import find_checkpoint
 from generate import load_trained
 from system.errors import CheckpointError, DivergedError, ResourceError, UsageError
 from train import train
 from utils import (
     checkpoint_path,
-    find_checkpoint,
     list_checkpoints,
     load_checkpoint,
     load_newest_checkpoint,
