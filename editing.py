@@ -20,7 +20,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from dataset.decoding import decode_all
+from dataset.decoding import decode_file
 from diffusion import draw_noise, image_generators
 from generate import Moves, Trained
 from samplers import SAMPLERS, Draw, Level, Predict, check_sampler, put_noise
@@ -154,10 +154,8 @@ def read_image(path: str | Path, trained: Trained) -> Tensor:
     """Read an image file, cropped and resized as the training data: (1, 3, H, W) in [-1, 1].
 
     Raises DataError if it cannot be read."""
-    path = Path(path)
-    files = path.parent, [path.name], lambda name: path.read_bytes()
-    (pixels,) = decode_all(*files, trained.img_size, aligned=True)
-    return to_x_0(torch.from_numpy(pixels))
+    crop = trained.settings.get("crop", "aligned")
+    return to_x_0(torch.from_numpy(decode_file(path, trained.img_size, crop)[None]))
 
 
 def read_mask(path: str | Path, image: str | Path, trained: Trained) -> Tensor:

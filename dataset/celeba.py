@@ -7,7 +7,8 @@ Liu et al. 2015, "Deep Learning Face Attributes in the Wild": 202,599 aligned fa
     celeba/ with the same in it                     (torchvision)
     archive.zip, or its contents: img_align_celeba/img_align_celeba/, list_attr_celeba.csv  (Kaggle)
 
-If list_eval_partition.txt or .csv is there, it says which faces are kept out of training.
+If list_eval_partition.txt or .csv is there, it says which faces are kept out of training. Of
+CelebAMask-HQ (Lee et al. 2020) the photographs are taken, not the masks, with its own list.
 """
 
 import errno
@@ -25,6 +26,7 @@ from system.terminal import say
 FOLDER = Path("data")  # CelebA is downloaded here if it is absent or empty, and nowhere else
 ARCHIVES = ("img_align_celeba.zip", "archive.zip")  # the authors' name and Kaggle's
 KAGGLE = "jessicali9530/celeba-dataset"
+HQ_LIST, HQ_MASKS = "CelebAMask-HQ-attribute-anno.txt", "CelebAMask-HQ-mask-anno/"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 
 
@@ -94,7 +96,8 @@ class Table:
 
 def is_list(name: str) -> bool:
     """Whether a path is that of one of CelebA's lists."""
-    return name.endswith((".txt", ".csv")) and name.rpartition("/")[2].startswith("list_")
+    name = name.rpartition("/")[2]
+    return name == HQ_LIST or name.startswith("list_") and name.endswith((".txt", ".csv"))
 
 
 def stem(name: str) -> str:
@@ -105,16 +108,17 @@ def stem(name: str) -> str:
 def find_lists(
     where: Path, files: Sequence[str], read: Callable[[str], bytes]
 ) -> tuple[Table | None, Table | None, bool]:
-    """Return the tables of attributes and of the partition, and whether the images are aligned.
+    """Return the tables of attributes and of the partition, and whether the images are aligned:
+    if all of them are in a folder or archive img_align_celeba, or if CelebA's list names them.
 
     where: a folder or archive; files: its images and lists. Raises DataError if listed images are
     missing."""
-    stems = [stem(name) for name in files if not is_list(name)]
-    celeba = any("img_align_celeba" in f"{where.name}/{name}" for name in files[:1])
+    images = [name for name in files if not is_list(name)]
+    celeba = all("img_align_celeba" in f"{where.name}/{name}" for name in images)
 
-    def table(title: str) -> Table | None:
-        """The list with that name among the files or, for CelebA, beside them."""
-        for name in (f"{title}.txt", f"{title}.csv"):
+    def table(*names: str) -> Table | None:
+        """The first of these lists that is among the files or, for CelebA, beside them."""
+        for name in names:
             inside = [file for file in files if file.rpartition("/")[2] == name]
             beside = where.parent / name
             if inside:
@@ -123,15 +127,18 @@ def find_lists(
                 return Table(str(beside), beside.read_bytes)
         return None
 
-    attributes, partition = table("list_attr_celeba"), table("list_eval_partition")
+    attributes = table("list_attr_celeba.txt", "list_attr_celeba.csv")
+    partition = table("list_eval_partition.txt", "list_eval_partition.csv")
+    aligned = celeba or attributes is not None
+    attributes = attributes or table(HQ_LIST)
     if attributes:
         listed = attributes.row.keys()
-        there = len(listed & set(stems))
+        there = len(listed & set(map(stem, images)))
         if there < len(listed):
             what = f"only {there:,} of the {len(listed):,} images listed here are in {where}"
             fix = "add the missing images, or remove their rows or this list"
             raise DataError(attributes.where, what, fix)
-    return attributes, partition, celeba or attributes is not None
+    return attributes, partition, aligned
 
 
 # ---- The download ----

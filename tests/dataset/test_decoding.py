@@ -1,0 +1,299 @@
+"""From bytes to pixels: the crop, kinds of images, damaged images."""
+
+import errno
+import io
+import os
+import threading
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import simplejpeg
+import torch
+import torch.nn.functional as F
+from made import HTML, empty_folder, jpeg, make_folder, refused  # noqa: F401
+from PIL import Image
+
+from dataset import decoding
+from dataset import faces as dataset
+from dataset.decoding import crop_face, decode_face, face_box
+from dataset.faces import load_faces
+from system.errors import DataError, ResourceError
+
+REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "celeba"
+
+
+def real_and_made(size):
+    images = [jpeg(1, size), jpeg(2, size)]
+    if REAL.is_dir():  # half size
+        with zipfile.ZipFile(REAL / "img_align_celeba.zip") as archive:
+            images += [archive.read(name) for name in archive.namelist()[:20]]
+    return images
+
+
+def test_half_size_celeba_is_cropped_to_rows_28_to_92_and_columns_12_to_76_untouched():
+    for data in real_and_made((89, 109)):
+        image = Image.open(io.BytesIO(data))
+        expected = np.asarray(image)[28:92, 12:76]
+        np.testing.assert_array_equal(crop_face(image, 64, "aligned"), expected)
+
+
+def test_celeba_crop_is_128_around_x_89_y_121_and_scales_with_the_image():
+    assert face_box(178, 218, "aligned") == (89 - 64, 121 - 64, 89 + 64, 121 + 64)
+    assert face_box(89, 109, "aligned") == (12, 28, 76, 92)
+    assert face_box(2 * 178, 2 * 218, "aligned") == (50, 114, 306, 370)
+
+
+@pytest.mark.parametrize("img_size", [16, 32, 192])
+def test_resizing_is_the_antialiased_bicubic_of_torch_but_for_rounding(img_size):
+    for data in real_and_made((178, 218)):
+        image = Image.open(io.BytesIO(data))
+        rows, columns = (slice(57, 185), slice(25, 153))
+        if image.size == (89, 109):
+            rows, columns = (slice(28, 92), slice(12, 76))
+        pixels = torch.tensor(np.asarray(image)[rows, columns]).permute(2, 0, 1)[None].float()
+        expected = F.interpolate(pixels, (img_size, img_size), mode="bicubic", antialias=True)
+        expected = expected[0].permute(1, 2, 0).clamp(0, 255).numpy()
+        # Rounding costs 0.25 on average, and a little more where Pillow clips between its passes.
+        assert abs(crop_face(image, img_size, "aligned") - expected).mean() < 0.36
+
+
+@pytest.mark.parametrize("width, height", [(178, 218), (300, 201), (201, 300), (64, 64), (1, 9)])
+def test_other_images_are_cropped_to_the_largest_centred_square(width, height):
+    left, top, right, bottom = face_box(width, height, "square")
+    assert right - left == bottom - top == min(width, height)
+    assert 0 <= left and 0 <= top and right <= width and bottom <= height
+    assert abs(left - (width - right)) <= 1 and abs(top - (height - bottom)) <= 1
+
+
+def test_aligned_source_with_an_odd_image_takes_its_centred_square():
+    assert face_box(200, 100, "aligned") == (50, 0, 150, 100)
+
+
+def test_nothing_outside_the_crop_reaches_the_pixels():
+    image = Image.new("RGB", (178, 218), "red")
+    image.paste("blue", face_box(178, 218, "aligned"))
+    for size in (32, 64, 128, 192):
+        face = crop_face(image, size, "aligned")
+        assert (face == (0, 0, 255)).all()
+
+
+@pytest.mark.parametrize("img_size", [16, 64])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"progressive": True}, {"subsampling": 0}, {"subsampling": 1, "quality": 30}],
+    ids=str,
+)
+def test_plain_jpeg_has_the_pixels_that_pillow_decodes(img_size, options):
+    random = np.random.default_rng(0)
+    small = Image.fromarray(random.integers(0, 256, (13, 11, 3), dtype=np.uint8))
+    file = io.BytesIO()
+    small.resize((89, 109), Image.Resampling.BICUBIC).save(file, "JPEG", **options)
+    for crop in ("aligned", "square"):
+        expected = crop_face(Image.open(file), img_size, crop)
+        assert decoding._plain_jpeg(file.getvalue()) is not None
+        found = decode_face(file.getvalue(), img_size, crop)
+        np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("mode,extra", [("L", {}), ("CMYK", {}), ("RGB", {"orientation": 6})])
+def test_other_jpegs_are_left_to_pillow(mode, extra):
+    random = np.random.default_rng(0)
+    image = Image.fromarray(random.integers(0, 256, (20, 30, 3), dtype=np.uint8)).convert(mode)
+    exif = Image.Exif()
+    if extra:
+        exif[0x0112] = extra["orientation"]
+    file = io.BytesIO()
+    image.save(file, "JPEG", **({"exif": exif} if extra else {}))
+    assert decoding._plain_jpeg(file.getvalue()) is None
+    expected = crop_face(Image.open(file), 8)
+    np.testing.assert_array_equal(decode_face(file.getvalue(), 8), expected)
+
+
+def test_an_orientation_that_only_xmp_gives_is_applied():
+    upright = Image.open(io.BytesIO(jpeg(1, (16, 16))))
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><r tiff:Orientation="6"/></x:xmpmeta>'
+    file = io.BytesIO()
+    upright.transpose(Image.Transpose.ROTATE_90).save(file, "JPEG", quality=100, xmp=xmp)
+    found = decode_face(file.getvalue(), 16).astype(int)
+    assert abs(found - np.asarray(upright)).mean() < 10  # turned the wrong way: over 60
+
+
+def prepared_from(image, name="one.png", **options):
+    """The pixels of a saved 8x8 image as load_faces returns them."""
+    Path("mine").mkdir(exist_ok=True)
+    image.save(f"mine/{name}", **options)
+    return load_faces("mine", 8).images[0]
+
+
+def colours(mode):
+    """A 8x8 image of that mode and, by arithmetic of our own, its RGB on white."""
+    values = np.random.default_rng(0).integers(0, 256, (8, 8, 4), np.uint8)
+    values[0, :, 3] = 0  # a row that is transparent
+    values[1, :, 3] = 255  # and one that is not
+    rgb, alpha = values[..., :3].astype(float), values[..., 3:] / 255
+    if mode in ("L", "LA"):
+        rgb = np.repeat(rgb[..., :1], 3, axis=-1)
+        image = Image.fromarray(values[..., 0]).convert(mode)
+        if mode == "LA":
+            image.putalpha(Image.fromarray(values[..., 3]))
+    elif mode == "1":
+        image = Image.fromarray(values[..., 0]).convert("1", dither=Image.Dither.NONE)
+        rgb = np.repeat((values[..., :1] >= 128) * 255.0, 3, axis=-1)
+    elif mode == "P":
+        image = Image.fromarray(values[..., 0] % 4, "L").convert("P")
+        palette = np.array([[255, 0, 9], [0, 255, 0], [8, 0, 255], [7, 77, 177]])
+        image.putpalette(palette.ravel().tolist())
+        rgb = palette[values[..., 0] % 4].astype(float)
+    elif mode == "CMYK":
+        image = Image.frombytes("CMYK", (8, 8), values.tobytes())
+        rgb = (255 - values[..., :3]) * (255 - values[..., 3:].astype(float)) / 255
+    else:
+        image = Image.frombytes("RGBA", (8, 8), values.tobytes())
+    return image, rgb * alpha + 255 * (1 - alpha) if mode in ("LA", "RGBA") else rgb
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "P"])
+def test_grey_and_palette_images_become_exactly_their_rgb(mode):
+    image, expected = colours(mode)
+    np.testing.assert_array_equal(prepared_from(image), expected)
+
+
+@pytest.mark.parametrize("mode, name", [("LA", "a.png"), ("RGBA", "a.png"), ("CMYK", "a.tif")])
+def test_transparency_is_laid_on_white_and_cmyk_is_inverted(mode, name):
+    image, expected = colours(mode)
+    np.testing.assert_allclose(prepared_from(image, name), expected, atol=1)  # of rounding
+
+
+def test_a_palette_with_a_transparent_colour_is_laid_on_white():
+    image, expected = colours("P")
+    expected[np.asarray(image) == 2] = 255
+    np.testing.assert_array_equal(prepared_from(image, transparency=2), expected)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(orientation):
+    upright = np.random.default_rng(1).integers(0, 256, (8, 8, 3), np.uint8)
+    # How a camera stores it: the EXIF standard's row 0 and column 0, for each orientation.
+    stored = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.swapaxes(0, 1),
+        6: upright.swapaxes(0, 1)[::-1],
+        7: upright[::-1, ::-1].swapaxes(0, 1),
+        8: upright.swapaxes(0, 1)[:, ::-1],
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    pixels = prepared_from(Image.fromarray(np.ascontiguousarray(stored)), exif=exif)
+    np.testing.assert_array_equal(pixels, upright)
+
+
+@pytest.mark.parametrize("mode, name", [("I;16", "a.png"), ("I", "a.tif"), ("F", "a.tif")])
+def test_more_than_8_bits_are_refused_never_clipped(mode, name):
+    Path("mine").mkdir()
+    deep = np.full((8, 8), 40_000, {"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode])
+    Image.fromarray(deep).save(f"mine/{name}")
+    assert Image.open(f"mine/{name}").mode == mode
+    text = refused("mine")
+    assert f"{name} (" in text and "8 bits" in text
+
+
+@pytest.mark.parametrize("share", [0.999, 0.5, 0.1])
+def test_truncated_jpeg_names_the_file(share):
+    data = jpeg(1)
+    make_folder(Path("mine"), 5)
+    Path("mine/003.jpg").write_bytes(data[: int(share * len(data)) - 1])
+    assert "mine: 1 of 5 images cannot be used: 003.jpg (" in refused("mine")
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "EXIF"])
+def test_a_jpeg_that_the_decoder_calls_damaged_is_refused_not_made_up(mode):
+    pixels = np.random.default_rng(3).integers(0, 256, (13, 11, 3), np.uint8)
+    image, exif, file = Image.fromarray(pixels).resize((89, 109)), Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6
+    image = image if mode == "EXIF" else image.convert(mode)
+    image.save(file, "JPEG", quality=95, exif=exif if mode == "EXIF" else b"")
+    data, random, damaged = file.getvalue(), np.random.default_rng(0), 0
+    colours = {"L": "GRAY", "CMYK": "CMYK"}.get(mode, "RGB")
+    for _ in range(50):
+        start = random.integers(700, len(data) - 64)
+        zeroed = data[:start] + bytes(64) + data[start + 64 :]
+        try:
+            simplejpeg.decode_jpeg(zeroed, colours)
+        except ValueError:
+            damaged += 1
+            with pytest.raises(ValueError):
+                decoding.decode_face(zeroed, 64)
+    assert damaged > 10
+
+
+@pytest.mark.parametrize("data", [b"", HTML, b"\0" * 5000])
+def test_an_empty_file_or_a_web_page_as_an_image_names_the_file(data):
+    make_folder(Path("mine"), 5)
+    Path("mine/002.png").write_bytes(data)
+    assert "002.png (in no format that Pillow knows)" in refused("mine")
+
+
+@pytest.mark.parametrize("limit", [1000, 2000])  # of 2,500 pixels: an error, a warning
+def test_a_decompression_bomb_is_refused(limit, monkeypatch):
+    make_folder(Path("mine"), 2, size=(10, 10))
+    (Path("mine") / "bomb.jpg").write_bytes(jpeg(1, size=(50, 50)))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    text = refused("mine")
+    assert "bomb.jpg (" in text and "DecompressionBomb" in text
+
+
+def test_an_image_that_pillow_would_run_a_program_for_is_refused():
+    make_folder(Path("mine"), 2)
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"
+    Path("mine/1.jpg").write_bytes(eps)
+    assert "1.jpg (ValueError: EPS" in refused("mine")
+
+
+@pytest.mark.parametrize(
+    "number, kind, words",
+    [
+        (errno.EMFILE, ResourceError, "too many files are open"),
+        (errno.ENFILE, ResourceError, "too many files are open"),
+        (errno.ENOMEM, ResourceError, "memory"),
+        (errno.EIO, DataError, "Input/output error"),
+        (errno.EACCES, DataError, "permissions"),
+    ],
+)
+def test_an_image_that_cannot_be_opened_is_not_called_damaged(number, kind, words, monkeypatch):
+    make_folder(Path("mine"), 3)
+
+    def refuse(_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    text = refused("mine", kind)
+    assert words in text and "replace" not in text and "image (" not in text
+
+
+def test_an_error_in_a_decoding_thread_ends_the_call_and_all_threads(monkeypatch):
+    def fail(*_):
+        raise MemoryError("no memory for this image")
+
+    before = threading.active_count()
+    monkeypatch.setattr(decoding, "decode_face", fail)
+    text = refused(make_folder(Path("mine"), 1000, (8, 8)), ResourceError)
+    assert "mine/" in text and "memory" in text
+    assert threading.active_count() == before
+
+
+def test_an_image_removed_after_the_listing_names_the_file(monkeypatch):
+    make_folder(Path("mine"), 5)
+
+    def listed_then_removed(path):
+        source = find_source(path)
+        Path("mine/004.jpg").unlink()
+        return source
+
+    find_source = dataset.find_source
+    monkeypatch.setattr(dataset, "find_source", listed_then_removed)
+    assert "mine/004.jpg: " in refused("mine")
