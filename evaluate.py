@@ -7,26 +7,20 @@ ones, whether they are copies of training faces, and how many steps they need.
     python evaluate.py --features none                                  # everything but distances
     accelerate launch evaluate.py --num_images 50000                    # several GPUs
 
-Prints tables, and writes evaluation.json, nearest.png and samplers.png into <run>/evaluation. The
-generated images are kept there too, so an interrupted evaluation goes on from them.
+Prints tables, and writes evaluation_<step>.json, nearest.png and samplers.png into
+<run>/evaluation.
 """
 
-import hashlib
 import sys
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-import diffusion
-import samplers
 from dataset import Faces, load_faces
 from formats.features import Features, find_features
 from generate import Trained, add_guide, generate, load_trained
@@ -37,7 +31,7 @@ from system import flags
 from system.cpu import keep_freed_memory
 from system.device import DEVICES, find_device
 from system.errors import DataError, UsageError
-from system.files import check_writable, save_json, write_atomically
+from system.files import check_writable, save_json
 from system.flags import check_ranges, constant
 from system.processes import Processes
 from system.terminal import say, table
@@ -70,7 +64,7 @@ class EvaluateConfig:
 
 
 def evaluate(config: EvaluateConfig) -> Path:
-    """Measure what the config says. Returns the path of evaluation.json. Raises UserError."""
+    """Measure what the config says. Returns the path of the JSON file. Raises UserError."""
     check_config(config)
     keep_freed_memory()
     with Processes(find_device(config.device)) as processes:
@@ -100,8 +94,9 @@ def evaluate_with(config: EvaluateConfig, processes: Processes) -> Path:
 
     run = trained.path.parent.parent if trained.path.parent.name == "checkpoints" else Path()
     folder = run / "evaluation"
-    check_writable(folder / "evaluation.json", "--checkpoint")
-    generated = generate_all(config, trained, faces, folder, processes)
+    path = folder / f"evaluation_{trained.step:08d}.json"
+    check_writable(path, "--checkpoint")
+    generated = generate_all(config, trained, faces, processes)
     if processes.is_main:
         result = {"checkpoint": str(trained.path), "step": trained.step, "config": asdict(config)}
         result |= {"key": faces.key, "fingerprint": faces.fingerprint}
@@ -113,10 +108,10 @@ def evaluate_with(config: EvaluateConfig, processes: Processes) -> Path:
         result |= measured
         save_nearest_sheet(folder / "nearest.png", generated[0].images, faces, found)
         save_sampler_sheet(folder / "samplers.png", generated)
-        save_json(folder / "evaluation.json", result)
+        save_json(path, result)
         report(config, result)
-        say(f"\nwritten to {folder}")
-    return folder / "evaluation.json"
+        say(f"\nwritten to {path}")
+    return path
 
 
 def check_config(config: EvaluateConfig) -> None:
@@ -151,101 +146,34 @@ class Generated(NamedTuple):
 
     name: str  # name:steps
     images: np.ndarray  # (N, S, S, 3) uint8
-    seconds: float  # that it took, over all processes
+    seconds: float  # that it took
 
 
-def generate_all(config, trained, faces, folder: Path, processes) -> list[Generated]:
-    """Let each sampler generate the images that are not kept yet, each process an equal share of
-    the batches. Returns an empty list except in rank 0."""
-    digest = source_digest(trained, faces)
-    files = {text: generated_files(config, folder, digest, text) for text in config.samplers}
-    every = [(text, *batch) for text, batches in files.items() for batch in batches]
-    missing = processes.from_main(lambda: [one for one in every if not one[2].exists()])
-    share = missing[processes.rank :: processes.world_size]
-    for text in files:
-        new = sum(len(numbers) for name, numbers, _ in missing if name == text)
-        kept = config.num_images - new
-        say(f"{text}: generating {new:,} images; {kept:,} are kept from before")
-        ours = [each[1:] for each in share if each[0] == text]
-        generate_missing(config, trained, faces, text, ours)
-    processes.everyone()
-    if not processes.is_main:
-        return []
-    for text, batches in files.items():  # all of them, if the processes share no disk
-        generate_missing(config, trained, faces, text, batches)
-    return [read_generated(text, batches) for text, batches in files.items()]
-
-
-def source_digest(trained: Trained, faces: Faces) -> str:
-    """A short digest of what the images depend on: the checkpoints, the precision, the samplers'
-    code and, if the network knows attributes, the faces."""
-    digest = hashlib.sha256(f"{trained.dtype} {trained.autoguidance}".encode())
-    for path in (trained.path, trained.guide, samplers.__file__, diffusion.__file__):
-        if path:
-            digest.update(Path(path).read_bytes())
-    digest.update(faces.fingerprint.encode() if trained.attribute_names else b"")
-    return digest.hexdigest()[:12]
-
-
-def generated_files(
-    config: EvaluateConfig, folder: Path, digest: str, text: str
-) -> list[tuple[range, Path]]:
-    """The batches of a sampler: the images' numbers, and the file that keeps them. The folder's
-    name has all that the images depend on, so that none is taken for another."""
-    weights = "raw" if config.raw else "ema"
-    name = f"{text.replace(':', '_')}_{weights}_seed{config.seed}_batch{config.batch_size}_{digest}"
-    folder, total, size = folder / "generated" / name, config.num_images, config.batch_size
-    batches = [range(start, min(start + size, total)) for start in range(0, total, size)]
-    return [(each, folder / f"{each.start:06d}-{each.stop:06d}.npz") for each in batches]
-
-
-def generate_missing(config, trained: Trained, faces: Faces, text: str, files) -> None:
-    """Generate the batches that are not kept yet, with the attributes of random training faces if
-    the network knows attributes."""
-    sampler, steps = text.split(":")
-    options = dict(sampler=sampler, steps=int(steps), batch_size=config.batch_size)
-    attributes = None
+def generate_all(
+    config: EvaluateConfig, trained: Trained, faces: Faces, processes: Processes
+) -> list[Generated]:
+    """Let each sampler generate the images, each process every world_size-th batch. A network that
+    knows attributes gets those of random training faces."""
+    rank, world_size, size = processes.rank, processes.world_size, config.batch_size
+    numbers, generated = range(config.num_images), []
+    options = dict(batch_size=size, rank=rank, world_size=world_size)
     if trained.attribute_names:
         drawn = np.random.default_rng(config.seed).choice(faces.train, config.num_images)
-        attributes = torch.from_numpy(faces.attributes[drawn])
-    missing = [(numbers, path) for numbers, path in files if not path.exists()]
-    count = sum(len(numbers) for numbers, _ in missing)
-    with tqdm(total=count, desc=text, unit="image", disable=None) as bar:
-        for numbers, path in missing:
-            if attributes is not None:
-                options["attributes"] = attributes[numbers.start : numbers.stop]
-            images = generate(trained, numbers, config.seed, bar=bar, **options)
-            keep_generated(path, partial(next, images))
-
-
-def keep_generated(path: Path, make: Callable[[], Tensor]) -> None:
-    """Keep in a file the images that `make` returns, (N, 3, H, W) in [-1, 1], and the seconds that
-    it takes."""
-    started = time.perf_counter()
-    images = to_uint8(make()).numpy()
-    seconds = time.perf_counter() - started
-
-    def write(temporary: Path) -> None:
-        with open(temporary, "wb") as file:
-            np.savez(file, images=images, seconds=seconds)
-
-    write_atomically(path, write)
-
-
-def read_generated(name: str, files: Sequence[tuple[range, Path]]) -> Generated:
-    """Read the images that one sampler's files keep. Raises DataError if one is damaged."""
-    images, seconds = [], 0.0
-    for numbers, path in files:
-        try:
-            with np.load(path) as kept:
-                images.append(kept["images"])
-                seconds += float(kept["seconds"])
-            if images[-1].dtype != np.uint8 or images[-1].shape[:1] != (len(numbers),):
-                raise ValueError(f"{images[-1].dtype} {images[-1].shape}")
-        except Exception as error:  # numpy and zipfile raise many kinds
-            fix = "delete it, and it is generated again"
-            raise DataError(path, f"is damaged ({error})", fix) from error
-    return Generated(name, np.concatenate(images), seconds)
+        options["attributes"] = torch.from_numpy(faces.attributes[drawn])
+    for text in config.samplers:
+        sampler, steps = text.split(":")
+        started = time.perf_counter()
+        shape = (config.num_images, trained.img_size, trained.img_size, 3)
+        images = torch.zeros(shape, dtype=torch.uint8)
+        starts = range(rank * size, len(numbers), world_size * size)
+        with tqdm(total=len(numbers), desc=text, unit="image", disable=None) as bar:
+            options |= dict(sampler=sampler, steps=int(steps), bar=bar)
+            batches = generate(trained, numbers, config.seed, **options)
+            for start, batch in zip(starts, batches, strict=True):
+                images[start:][: len(batch)] = to_uint8(batch)
+        images = processes.sum(images).numpy()
+        generated.append(Generated(text, images, time.perf_counter() - started))
+    return generated
 
 
 # The measures -------------------------------------------------------------------------------------
@@ -285,7 +213,7 @@ def measure_images(
     """Measure the distances of all samplers' images, and find the training faces nearest to the
     first sampler's.
 
-    real: the two sets of `split_real`. Returns what evaluation.json says, and the nearest places in
+    real: the two sets of `split_real`. Returns what the JSON file says, and the nearest places in
     faces.train, (N, 2): by pixels and, if there are any, by features."""
     floor, reference = real
     held_out = floor[np.isin(floor, faces.held_out)]

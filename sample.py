@@ -129,7 +129,8 @@ def describe(trained: Trained) -> str:
     """Which weights are used, how long they were trained, and what guides them."""
     text = f"{trained.path}, trained for {trained.step:,} steps"
     if trained.guide:
-        text += f", guided by {trained.guide} (two networks; --guide none uses one)"
+        guide = os.path.relpath(trained.guide)
+        text += f", guided by {guide} (two networks; --guide none uses one)"
     return text
 
 

@@ -5,10 +5,7 @@ import contextlib
 import io
 import os
 import sys
-import time
 from collections.abc import Sequence
-
-from tqdm import tqdm
 
 
 class _Patient(io.FileIO):
@@ -60,65 +57,3 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
     rules = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     return "\n".join([line(columns), line(rules), *map(line, rows)])
-
-
-class Progress:
-    """How far a run is and how fast: a bar in a terminal, a plain line at each log elsewhere."""
-
-    def __init__(self, step: int, total: int, images_per_step: int, show: bool = True):
-        self.images_per_step, self.show = images_per_step, show
-        self.terminal = sys.stderr.isatty()
-        options = dict(initial=step, total=total, unit="step", dynamic_ncols=True)
-        self.bar = tqdm(disable=not (show and self.terminal), **options)
-        self.done, self.total = step, total
-        self.first: tuple[int, float] | None = None  # after which step, and when, it got going
-        self.foretold = not show
-        self.restart()
-
-    def restart(self) -> None:
-        """Begin to count the time anew, after something that is not training."""
-        self.since, self.started = self.done, time.monotonic()
-
-    def step(self) -> None:
-        """One more step is done."""
-        self.done += 1
-        self.bar.update()
-        if not self.foretold:
-            self._foretell(time.monotonic())
-
-    def _foretell(self, now: float) -> None:
-        """Say once, 5 seconds after the first step, which is slower, how long the run will take."""
-        if self.first is None:
-            self.first = self.done, now
-        elif now - self.first[1] >= 5:
-            self.foretold = True
-            pace = (now - self.first[1]) / (self.done - self.first[0])
-            left = self.total - self.done
-            minutes = left * pace / 60
-            time_left = f"{minutes:.0f} minutes" if minutes < 120 else f"{minutes / 60:.0f} hours"
-            text = f"about {time_left} on this machine for the {left:,} steps to go"
-            text += f", at {self.images_per_step / pace:.0f} images/s"
-            if minutes >= 1:
-                self.bar.write(text, sys.stderr) if self.terminal else say(text)
-
-    def log(self, loss: float) -> float:
-        """Show the loss and the speed. Returns images per second since the last log."""
-        seconds = max(time.monotonic() - self.started, 1e-9)
-        steps_per_second = (self.done - self.since) / seconds
-        speed = steps_per_second * self.images_per_step
-        if self.terminal:
-            self.bar.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} images/s", refresh=False)
-        elif self.show:
-            left = (self.total - self.done) / max(steps_per_second, 1e-9)
-            say(
-                f"step {self.done}/{self.total}  loss {loss:.4f}  {speed:.0f} images/s"
-                f"  {tqdm.format_interval(left)} left"
-            )
-        self.restart()
-        return speed
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.bar.close()
