@@ -98,7 +98,7 @@ def measure(config: DistancesConfig) -> list[dict]:
         settings = trained.settings
         data = (config.path_to_data, trained.img_size, settings["only"], settings["attributes"])
         faces = load_faces(*data, settings.get("grey", False))
-        if not faces.matches(settings["faces"]):
+        if faces.fingerprint != settings["faces"]:
             say(f"note: {trained.path} was trained on other faces ({settings['faces']})")
         result = {"checkpoint": str(trained.path), "step": trained.step}
         if config.loss_draws and len(faces.held_out):

@@ -221,7 +221,7 @@ def compare(config: QualityConfig) -> Path:
     faces = load_faces(*data)
     real = evaluate.split_real(wanted, faces)
     say(f"{trained.path}, step {trained.step}, against {faces.description}")
-    if not faces.matches(settings["faces"]):
+    if faces.fingerprint != settings["faces"]:
         say(f"note: it was trained on other faces ({settings['faces']})")
 
     generated = []

@@ -93,11 +93,11 @@ def decode_face(data: bytes | Image.Image, img_size: int, crop: Crop = "square")
     return crop_face(image, img_size, crop)
 
 
-def decode_file(path: str | Path, img_size: int, crop: Crop) -> np.ndarray:
-    """Return `crop_face` of one image file. Raises DataError, which names the file."""
+def open_file(path: str | Path) -> Image.Image:
+    """Return `open_image` of one image file. Raises DataError, which names the file."""
     try:
         with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
-            return decode_face(read_file(Path(path)), img_size, crop)
+            return open_image(read_file(Path(path)))
     except Exception as error:  # Pillow raises nearly anything on damaged data
         raise image_error(str(path), error) from error
 
@@ -221,7 +221,8 @@ def _some_of(reasons: dict[str, str]) -> str:
 
 def damage_mark(img_size: int) -> np.ndarray:
     """Return the noise, (S, S, 3) uint8, that stands in a prepared array for a damaged image."""
-    return np.random.default_rng(0).integers(0, 256, (img_size, img_size, 3), np.uint8)
+    random = np.random.default_rng([*b"damaged"])
+    return random.integers(0, 256, (img_size, img_size, 3), np.uint8)
 
 
 def find_damaged(images: np.ndarray) -> np.ndarray:

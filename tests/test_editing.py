@@ -69,7 +69,7 @@ def edited(count=4, **flags):
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("resample", [1, 3])
 def test_repair_keeps_every_bit_that_the_mask_leaves_out(run, sampler, resample):
-    image = np.asarray(crop_face(Image.open("face.png"), SIZE, aligned=True)).astype(int)
+    image = np.asarray(crop_face(Image.open("face.png"), SIZE, "aligned")).astype(int)
     answers = edited(image="face.png", mask="mask.png", sampler=sampler, resample=resample)
     keep = ~read_mask("mask.png", "face.png", run)[0, 0].numpy()
     assert 0 < keep.sum() < SIZE * SIZE
@@ -162,7 +162,7 @@ def small(d, x_t, t):
 
 
 def test_strength_0_gives_the_image_and_1_nothing_of_it(run):
-    image = np.asarray(crop_face(Image.open("face.png"), SIZE, aligned=True))
+    image = np.asarray(crop_face(Image.open("face.png"), SIZE, "aligned"))
     for sampler in SAMPLERS:
         for answer in edited(image="face.png", strength=0.0, sampler=sampler):
             np.testing.assert_array_equal(answer, image)
@@ -260,7 +260,7 @@ def test_noise_between_two_images_is_as_long_as_noise(run):
 
 def test_image_is_cropped_as_the_data_are(run):
     for name in ("face.png", "celeba.png"):
-        expected = crop_face(Image.open(name), SIZE, aligned=True)
+        expected = crop_face(Image.open(name), SIZE, "aligned")
         np.testing.assert_array_equal(to_uint8(read_image(name, run))[0].numpy(), expected)
     centred = crop_face(Image.open("celeba.png"), SIZE)
     assert not np.array_equal(to_uint8(read_image("celeba.png", run))[0].numpy(), centred)
