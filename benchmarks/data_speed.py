@@ -101,7 +101,7 @@ class Square:
         self.aligned = aligned
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        return image.crop(face_box(*image.size, self.aligned))
+        return image.crop(face_box(*image.size, "aligned" if self.aligned else "square"))
 
 
 def image_folder(root: Path, img_size: int, mirror: bool) -> ImageFolder:

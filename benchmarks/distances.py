@@ -97,7 +97,7 @@ def measure(config: DistancesConfig) -> list[dict]:
     for trained in networks:
         settings = trained.settings
         data = (config.path_to_data, trained.img_size, settings["only"], settings["attributes"])
-        faces = load_faces(*data, settings.get("grey", False))
+        faces = load_faces(*data)
         if faces.fingerprint != settings["faces"]:
             say(f"note: {trained.path} was trained on other faces ({settings['faces']})")
         result = {"checkpoint": str(trained.path), "step": trained.step}

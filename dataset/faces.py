@@ -93,6 +93,7 @@ def load_faces(
     img_size: int,
     only: Sequence[str] = (),
     attributes: Sequence[str] = (),
+    *,
     skip_damaged: bool = False,
 ) -> Faces:
     """Return the images of a source, preparing its array when it is first asked for.
