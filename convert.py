@@ -29,9 +29,7 @@ PRIVATE = ("experiment_name", "path_to_data", "init_from", "resume")
 class ConvertConfig:
     """What to convert, and where to."""
 
-    to_diffusers: str = (
-        ""  # weights to write for diffusers: a run, a checkpoint, a name in weights/
-    )
+    to_diffusers: str = ""  # weights for diffusers: a run, a checkpoint, a name in weights/
     from_diffusers: str = ""  # a folder of diffusers to write as a run
     out: str = ""  # the folder to write, new or empty
     condition: tuple[str, ...] = ()  # attributes to build in for good: Smiling Male=-1

@@ -64,7 +64,9 @@ def open_run(
             config = config_for_weights(config, weights, given)
 
         with processes.first_of_each_machine_first():
-            faces = load_faces(config.path_to_data, config.img_size, config.only, config.attributes)
+            data = config.path_to_data, config.img_size, config.only, config.attributes
+            faces = load_faces(*data, skip_damaged=config.skip_damaged)
+        config = replace(config, attributes=faces.attribute_names)  # "all" by their names
         base = (found or weights).unet if found or weights else None
         about = describe(config, faces, processes.world_size, base)
         state = make_state(config, device, about["unet"])
@@ -80,7 +82,14 @@ def open_run(
             config=config,
             state=state,
             diffusion=Diffusion(**about["diffusion"], device=device),
-            batches=Batches(faces, config.batch_size, config.seed, device, stride=world_size),
+            batches=Batches(
+                faces,
+                config.batch_size,
+                config.seed,
+                device,
+                stride=world_size,
+                horizontal_flip=config.horizontal_flip,
+            ),
             forward=processes.distribute(state.model),
             dtype=autocast_dtype(config.mixed_precision, device),
             rank=rank,
@@ -121,7 +130,11 @@ def find_checkpoint(config: Any) -> Saved | None:
         if found is None:
             say(f"nothing to resume in {folder}: starting at step 0")
             return None
-        return Saved.of(*found)
+        saved = Saved.of(*found)
+        if "optimizer" not in saved.contents:  # converted from diffusers
+            fix = f"start a new run with --init_from {saved.path} and another --experiment_name"
+            raise CheckpointError(saved.path, "holds weights only, so nothing can be resumed", fix)
+        return saved
     if list_checkpoints(folder):
         what = f"{folder} already holds the checkpoints of a run"
         fix = "pass --resume to go on, or choose another name"
@@ -138,6 +151,9 @@ def resumed_config(config: Any, saved: Saved, given: frozenset[str] | None) -> A
     kept.pop("experiment_name", None)
     other = [name for name, value in kept.items() if value != getattr(config, name)]
     config = replace(config, **kept)
+    names = [name.lower() for name in config.attributes]
+    if names in (["all"], [name.lower() for name in was["attributes"]]):
+        config = replace(config, attributes=was["attributes"])
     if other:
         names = as_flags({name: was[name] for name in other})
         say(f"the run keeps its constants where they differ from train.py's: {names}")
@@ -194,6 +210,7 @@ def describe(config: Any, faces: Faces, world_size: int, base: dict | None) -> d
     """What a checkpoint holds besides the state: the settings, and the constructors' arguments."""
     settings = asdict(config) | {
         "faces": faces.fingerprint,
+        "crop": faces.crop,
         "world_size": world_size,
         "micro_batches": config.gradient_accumulation_steps * world_size,
     }
@@ -210,9 +227,6 @@ def resume_state(state, saved: Saved, settings: dict) -> None:
     if was != now:
         what = f"{saved.path} was trained on other faces: {was}, not {now}"
         raise UsageError("--path_to_data", what, "give the same faces, or start another run")
-    if "optimizer" not in saved.contents:
-        fix = f"start a new run with --init_from {saved.path} and another --experiment_name"
-        raise CheckpointError(saved.path, "holds weights only, so nothing can be resumed", fix)
     with reading(saved.path, "resume from another checkpoint"):
         state.load_state_dict(saved.contents)
     say(f"resumed {saved.path}")
@@ -228,7 +242,7 @@ def rehearse(run: Session) -> None:
     config, device, model = run.config, run.diffusion.device, run.state.model
     if note := precision_note(config.mixed_precision, run.dtype, device):
         say(note)
-    say(run.faces.description)
+    say(run.batches.description)
     used = str(run.dtype or torch.float32).removeprefix("torch.")
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     say(f"{millions:.1f} M weights in {used} on {run.world_size} x {device.type}")

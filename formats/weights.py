@@ -124,25 +124,28 @@ def start_from(model: UNet, ema: EMA, saved: Saved, config: Any) -> None:
     config: the new run's; if it has other attributes, their map keeps its initial values. Raises
     UsageError, naming the flags, if the network is another one; CheckpointError."""
     with reading(saved.path, "use other weights"):
-        attributes, prediction = saved.settings["attributes"], saved.diffusion["prediction"]
+        attributes = tuple(saved.settings["attributes"])
         with torch.device("meta"):
             same = structure(UNet(**saved.unet)) == structure(model)
     if not same:
-        theirs = network_constants(saved, config.img_size)
-        flags = [f"--{name}" for name in theirs if theirs[name] != getattr(config, name)]
-        fix = f"leave out {', '.join(flags)}" if flags else "use other weights"
-        raise UsageError("--init_from", f"{saved.path} has another network", fix)
+        wanted = []
+        for name, value in network_constants(saved, config.img_size).items():
+            if value != getattr(config, name):
+                wanted += [f"--{name}", *map(str, value if isinstance(value, tuple) else [value])]
+        what, fix = f"{saved.path} has another network", "use other weights"
+        if wanted:
+            fix = f"give {' '.join(wanted)}, or leave out these flags"
+        raise UsageError("--init_from", what, fix)
     ours, theirs = model.state_dict(), saved.ema
-    another_map = tuple(attributes) != tuple(config.attributes)
+    another_map = attributes != tuple(config.attributes)
     kept = {k: w for k, w in theirs.items() if k in ours and not (k == MAP and another_map)}
     for network in (model, ema.model):
         network.load_state_dict(ours | kept)
     text = f"started from {saved.path}, step {saved.step}"
     if another_map:
         text += "; the attributes are learned anew" if MAP in ours else "; without its attributes"
-    if prediction != config.prediction:
-        text += f"; note: it was trained with --prediction {prediction}"
-    say(text)
+    was = [f"--{k} {v}" for k, v in saved.diffusion.items() if v != getattr(config, k, v)]
+    say(text + (f"; note: it was trained with {' '.join(was)}" if was else ""))
 
 
 def structure(unet: UNet) -> list:

@@ -1,14 +1,16 @@
-"""Small things to train on, and the real command line at a tiny size."""
+"""Small things to train on, and the real commands at a tiny size."""
 
 import contextlib
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +18,12 @@ import pytest
 import torch
 from PIL import Image
 
+from engine import session
 from train import Config, train
 from utils import list_checkpoints, load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = ("train.py", "sample.py", "evaluate.py", "convert.py")
+STATE = ("step", "model", "ema", "optimizer", "scaler", "history")
 
 TINY = dict(
     experiment_name="run",
@@ -46,7 +49,7 @@ TINY = dict(
 
 
 def tiny(**changes) -> Config:
-    """A run of seconds; `changes` are its other constants."""
+    """A run of a second; `changes` are its other constants."""
     return Config(**{**TINY, **changes})
 
 
@@ -61,12 +64,12 @@ def quick_runs(monkeypatch):
     """Tiny tensors are slower on two threads than on one, and half of a tiny run would be spent on
     its held-out loss."""
     torch.set_num_threads(1)
-    monkeypatch.setattr("engine.session.LOSS_TIMESTEPS", 2)
+    monkeypatch.setattr("engine.run.LOSS_TIMESTEPS", 2)
 
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """An empty current folder with `pictures/`: 22 small pictures, of which one is held out."""
+    """An empty current folder with `pictures/`: 22 small images, of which one is held out."""
     monkeypatch.chdir(tmp_path)
     write_pictures(tmp_path, 22)
     return tmp_path
@@ -74,8 +77,8 @@ def here(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def unbroken(tmp_path_factory):
-    """unbroken(**changes): what the tiny run with these changes ends with where nothing interrupts
-    it, trained once: its newest checkpoint, to compare others with."""
+    """unbroken(**changes): the newest checkpoint of the tiny run with these changes, trained once
+    without interruption, to compare others with."""
     ends = {}
 
     def end(**changes) -> dict:
@@ -90,6 +93,25 @@ def unbroken(tmp_path_factory):
     return end
 
 
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """The folder of a finished run of 6 steps, its checkpoints those of steps 3 and 6, beside its
+    images. Only `run` and what copies it may use it."""
+    folder = tmp_path_factory.mktemp("finished")
+    write_pictures(folder, 22)
+    with contextlib.chdir(folder):
+        train(tiny(learning_rate=0.01))
+    return folder
+
+
+@pytest.fixture
+def run(finished, tmp_path, monkeypatch):
+    """The folder of a finished run, a copy; the current folder is around it."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return Path("run")
+
+
 @pytest.fixture
 def fresh_imports():
     """What a test imports from its own folder is not there for the next one."""
@@ -101,7 +123,7 @@ def fresh_imports():
 
 
 def write_pictures(folder: Path, count: int) -> None:
-    """`pictures/` in a folder, with so many pictures of random pixels."""
+    """Write `pictures/` into a folder: so many images of random pixels."""
     (folder / "pictures").mkdir()
     random = np.random.default_rng(0)
     for i in range(count):
@@ -110,16 +132,8 @@ def write_pictures(folder: Path, count: int) -> None:
 
 
 def as_flags(settings: dict) -> list[str]:
-    """A Config's values as command-line flags."""
-    words = []
-    for name, value in settings.items():
-        if isinstance(value, bool):
-            words.append(f"--{name}" if value else f"--no_{name}")
-        elif isinstance(value, tuple | list):
-            words += [f"--{name}", *map(str, value)]
-        else:
-            words += [f"--{name}", str(value)]
-    return words
+    """Constants as flags on the command line."""
+    return session.as_flags(settings).split()
 
 
 def run_script(
@@ -127,20 +141,23 @@ def run_script(
 ) -> subprocess.CompletedProcess:
     """Run one of the repository's scripts as a user would, in the current folder.
 
-    It runs in a fork of this process, which saves the seconds of importing torch, where the system
-    has that; new, or options of `subprocess.run`: in an interpreter of its own."""
+    It runs in a fork of this process, which saves the seconds of importing torch, if the system has
+    forks; new, or options of `subprocess.run`: in an interpreter of its own."""
     path = str(ROOT / script)
     if not new and not options and hasattr(os, "fork"):
         work = lambda: runpy.run_path(path, run_name="__main__")  # noqa: E731
-        return in_fork([path, *arguments], work, timeout)
+        return in_fork(work, [path, *arguments], timeout)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **options.pop("env", {})}
     options = {"timeout": timeout, "capture_output": True, "text": True} | options
     return subprocess.run([sys.executable, path, *arguments], env=environment, **options)
 
 
-def in_fork(words: list[str], work, timeout: float = 120) -> subprocess.CompletedProcess:
-    """Do `work` in a forked process with these words as its command line, and with streams of its
-    own; what came of it, as `subprocess.run` tells it."""
+def in_fork(
+    work: Callable, words: list[str] = sys.argv, timeout: float = 120
+) -> subprocess.CompletedProcess:
+    """Do `work` in a forked process, with these words as its command line and with streams of its
+    own. Returns what `subprocess.run` would."""
+    needs_posix()
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
         pid = os.fork()
         if pid == 0:
@@ -156,7 +173,8 @@ def in_fork(words: list[str], work, timeout: float = 120) -> subprocess.Complete
                 code = 0
             except SystemExit as stop:
                 code = stop.code or 0
-            except BaseException:
+            except BaseException as error:
+                code = getattr(error, "exit_code", 1)
                 traceback.print_exc()
             finally:
                 for stream in (sys.stdout, sys.stderr):
@@ -166,7 +184,7 @@ def in_fork(words: list[str], work, timeout: float = 120) -> subprocess.Complete
         while not (found := os.waitpid(pid, os.WNOHANG))[0]:
             if time.monotonic() > end:
                 os.kill(pid, signal.SIGKILL)
-            time.sleep(0.01)
+            time.sleep(0.005)
         texts = []
         for file in (out, errors):
             file.seek(0)
@@ -193,3 +211,9 @@ def tensors_equal(a: object, b: object) -> bool:
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(map(tensors_equal, a, b))
     return a == b
+
+
+def assert_same_state(a: dict, b: dict, parts=STATE) -> None:
+    """Two checkpoints hold the same state, bit for bit."""
+    for part in parts:
+        assert tensors_equal(a[part], b[part]), part
