@@ -5,26 +5,29 @@
     repaired = generate(trained, range(8), loop=edit_loop, image=image, mask=mask, resample=5)
     varied = generate(trained, range(8), loop=edit_loop, image=image, strength=0.4)
     noise = encode(trained, image)                                  # generates this image again
+    smiling = generate(trained, [0], x_T=noise, attributes=wanted)  # or with other attributes
 
 Repair: Lugmayr et al. 2022, "RePaint". Variation: Meng et al. 2022, "SDEdit". Inversion: Song et
 al. 2020, "Denoising Diffusion Implicit Models", section 4.3.
 """
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
-from dataset.decoding import decode_file
+from dataset.decoding import crop_face, open_file
 from diffusion import draw_noise, image_generators
 from generate import Moves, Trained
 from samplers import SAMPLERS, Draw, Level, Predict, check_sampler, put_noise
-from system.errors import DataError
+from system.errors import UsageError
 from utils import to_x_0
 
 # Repair and variation ----------------------------------------------------------------------------
@@ -154,28 +157,47 @@ def read_image(path: str | Path, trained: Trained) -> Tensor:
     """Read an image file, cropped and resized as the training data: (1, 3, H, W) in [-1, 1].
 
     Raises DataError if it cannot be read."""
-    crop = trained.settings.get("crop", "aligned")
-    return to_x_0(torch.from_numpy(decode_file(path, trained.img_size, crop)[None]))
+    pixels = crop_face(open_file(path), trained.img_size, trained.settings.get("crop", "aligned"))
+    return to_x_0(torch.from_numpy(pixels[None].copy()))
 
 
-def read_mask(path: str | Path, image: str | Path, trained: Trained) -> Tensor:
-    """Read what is to be generated of an image: (1, 1, H, W) bool, True where the file is white.
+def read_mask(given: str, image: str | Path, trained: Trained) -> Tensor:
+    """Read what is to be generated of an image: (1, 1, H, W) bool, True to generate.
 
-    It is cropped and resized as the image. Raises DataError if it cannot be read, has another size
-    than the image, or has no white."""
-    mask = read_image(path, trained).mean(dim=1, keepdim=True) > 0
-    sizes = [upright_size(each) for each in (path, image)]
-    if sizes[0] != sizes[1]:
-        size, other = (f"{width}x{height}" for width, height in sizes)
-        fix = f"make a mask of {other}: white where to generate, black where to keep"
-        raise DataError(path, f"is {size}, but the image is {other}", fix)
+    given: a box in percent of the square that is used, left:right,top:bottom such as 40:60,20:80,
+    or an image file. In the file the hole is white and the rest black; or strokes of one colour on
+    a transparent ground; or the image itself with the hole erased. Raises UsageError for a box or a
+    file that is none of these, DataError if the file cannot be read."""
+    size = trained.img_size
+    if box := re.fullmatch(r"(\d+):(\d+),(\d+):(\d+)", given):
+        left, right, top, bottom = (round(int(edge) * size / 100) for edge in box.groups())
+        mask = torch.zeros(1, 1, size, size, dtype=torch.bool)
+        mask[..., top:bottom, left:right] = True
+    else:
+        hole, (width, height) = find_hole(open_file(given), given), open_file(image).size
+        if abs(hole.width * height - hole.height * width) > 2 * max(width, height):
+            what = f"{given} has {hole.width}x{hole.height} pixels, the image {width}x{height}"
+            raise UsageError("--mask", what, "give a mask of the image's shape")
+        hole = hole.resize((width, height)).convert("RGB")
+        pixels = crop_face(hole, size, trained.settings.get("crop", "aligned"))
+        mask = torch.from_numpy(pixels.mean(-1) > 127)[None, None]
     if not mask.any():
         fix = "paint white what is to be generated, within the square that is used"
-        raise DataError(path, f"has nothing white at {trained.img_size} px", fix)
+        raise UsageError("--mask", f"{given} has no hole at {size} pixels", fix)
     return mask
 
 
-def upright_size(path: str | Path) -> tuple[int, int]:
-    """Width and height of an image file, turned as its EXIF orientation says."""
-    with Image.open(path) as image:
-        return ImageOps.exif_transpose(image).size
+def find_hole(image: Image.Image, name: str) -> Image.Image:
+    """The hole of a mask file as white on black (mode L), for `read_mask`. Raises UsageError."""
+    image = image.convert("RGBA")
+    colours, opaque = np.asarray(image)[..., :3].astype(int), np.asarray(image)[..., 3] > 127
+    painted = colours[opaque]
+    if not opaque.all() and opaque.any() and np.ptp(painted, axis=0).max() > 32:
+        return Image.fromarray(~opaque)  # an image with a part erased
+    if not opaque.all():
+        return Image.fromarray(opaque)  # strokes on a transparent ground
+    extreme = ((colours < 64).all(-1) | (colours > 191).all(-1)).mean()
+    if extreme < 0.9:
+        fix = "paint white what is to be generated and black what is kept, or give a box in percent"
+        raise UsageError("--mask", f"{name} is not black and white", f"{fix}: 40:60,20:80")
+    return Image.fromarray(colours.mean(-1) > 127)

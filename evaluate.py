@@ -86,7 +86,8 @@ def evaluate_with(config: EvaluateConfig, processes: Processes) -> Path:
     features = find_features(config.features, config.feature_size, device)
     source = config.path_to_data or settings.get("path_to_data", "data")
     with processes.first_of_each_machine_first(), reading(trained.path, "use another checkpoint"):
-        faces = load_faces(source, trained.img_size, settings["only"], settings["attributes"])
+        data = source, trained.img_size, settings["only"], settings["attributes"]
+        faces = load_faces(*data, skip_damaged=settings.get("skip_damaged", False))
     real = split_real(config, faces)
     say(f"{describe(trained)}\n{faces.description}")
     if faces.fingerprint != settings["faces"]:
@@ -104,7 +105,8 @@ def evaluate_with(config: EvaluateConfig, processes: Processes) -> Path:
         if config.loss_draws and len(faces.held_out):
             result["held_out"] = compare_held_out(config, faces, raw, averaged)
         near = device if device.startswith("cuda") else "cpu"  # float64, which mps lacks
-        measured, found = measure_images(faces, features, generated, real, near)
+        mirror = settings.get("horizontal_flip", True)
+        measured, found = measure_images(faces, features, generated, real, near, mirror)
         result |= measured
         save_nearest_sheet(folder / "nearest.png", generated[0].images, faces, found)
         save_sampler_sheet(folder / "samplers.png", generated)
@@ -208,13 +210,19 @@ def compare_held_out(config: EvaluateConfig, faces: Faces, raw: Trained, average
 
 
 def measure_images(
-    faces: Faces, features: Features | None, generated: list[Generated], real, device: str = "cpu"
+    faces: Faces,
+    features: Features | None,
+    generated: list[Generated],
+    real: tuple[np.ndarray, np.ndarray],
+    device: str = "cpu",
+    mirror: bool = True,
 ) -> tuple[dict, list]:
     """Measure the distances of all samplers' images, and find the training faces nearest to the
     first sampler's.
 
-    real: the two sets of `split_real`. Returns what the JSON file says, and the nearest places in
-    faces.train, (N, 2): by pixels and, if there are any, by features."""
+    real: the two sets of `split_real`; mirror: whether mirrored neighbours count. Returns what the
+    JSON file says, and the nearest places in faces.train, (N, 2): by pixels and, if there are any,
+    by features."""
     floor, reference = real
     held_out = floor[np.isin(floor, faces.held_out)]
     samplers = {one.name: {"seconds": one.seconds} for one in generated}
@@ -223,7 +231,7 @@ def measure_images(
         sets["held out"] = faces.images[held_out]
     near, found = {}, []
     for name, images in sets.items():
-        places, distances = nearest_pixels(images, faces.images, faces.train, device)
+        places, distances = nearest_pixels(images, faces.images, faces.train, device, mirror)
         near[f"{name}, by pixels"] = copies(distances)
         found.append(places)
     found = found[:1]
@@ -239,8 +247,8 @@ def measure_images(
             samplers[name] = samplers.get(name, {}) | values
         trained_on = np.flatnonzero(np.isin(chosen, faces.train))
         for name, images in sets.items():
-            mirrored = features.of(images[:, :, ::-1])
-            rows, distances = nearest_vectors(by_set[name], mirrored, vectors[trained_on], device)
+            turned = features.of(images[:, :, ::-1]) if mirror else by_set[name]
+            rows, distances = nearest_vectors(by_set[name], turned, vectors[trained_on], device)
             near[f"{name}, by features"] = copies(distances)
             if name == "generated":
                 found.append(np.searchsorted(faces.train, chosen[trained_on][rows]))

@@ -119,10 +119,14 @@ def _nearest_of_batch(
 
 
 def nearest_pixels(
-    images: np.ndarray, reference: np.ndarray, indices: np.ndarray, device: str = "cpu"
+    images: np.ndarray,
+    reference: np.ndarray,
+    indices: np.ndarray,
+    device: str = "cpu",
+    mirror: bool = True,
 ) -> tuple[np.ndarray, np.ndarray]:
     """`nearest` of images, (N, S, S, 3) uint8, among the reference images at `indices`, by pixels
-    in [-1, 1]. Returns places in `indices`."""
+    in [-1, 1]. mirror: or of their mirror images. Returns places in `indices`."""
 
     def flat(images: np.ndarray) -> Tensor:
         return to_x_0(torch.from_numpy(np.ascontiguousarray(images)).to(device)).flatten(1)
@@ -134,7 +138,8 @@ def nearest_pixels(
     size = QUERIES[torch.device(device).type]
     starts = tqdm(range(0, len(images), size), "nearest by pixels", disable=None)
     batches = (images[start : start + size] for start in starts)
-    return nearest(((flat(batch), flat(batch[:, :, ::-1])) for batch in batches), blocks)
+    pairs = ((flat(batch), flat(batch[:, :, ::-1] if mirror else batch)) for batch in batches)
+    return nearest(pairs, blocks)
 
 
 def nearest_vectors(

@@ -5,9 +5,12 @@ python sample.py --checkpoint my_first_diffusion --num_images 64 --seed 0 --out 
 python sample.py --sampler ddpm --steps 1000 --out way.gif    # from noise to faces
 python sample.py --num_images 5000 --out faces                # single images in a folder
 python sample.py --image face.png --mask mask.png             # generates what the mask has white
+python sample.py --image face.png --mask 40:60,20:80          # a box: x, then y, in percent
 python sample.py --image face.png --strength 0.4              # variations of an image
+python sample.py --image face.png --condition Smiling --steps 50    # the same face, smiling
 """
 
+import math
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -20,8 +23,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from dataset.faces import parse_attributes
-from editing import between, edit_loop, noise_of, read_image, read_mask
+from dataset.faces import match_names, parse_attributes
+from editing import between, edit_loop, encode, noise_of, read_image, read_mask
 from generate import Trained, add_guide, check_finite, generate, load_trained, sample_loop
 from samplers import SAMPLERS, check_sampler, is_deterministic
 from system import flags
@@ -34,7 +37,9 @@ from system.processes import Processes
 from system.terminal import say
 from utils import image_grid, save_image, to_uint8
 
+GRIDS = (".png", ".jpg", ".jpeg")  # suffixes of --out for one grid
 GIF_FRAMES = 40  # at most, on the way from noise to faces
+GIF_SIZE = 256  # pixels to which the frames are enlarged, at least
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ class SampleConfig:
     checkpoint: str = ""  # a run, a file in it, a diffusers folder, shipped weights; "": newest run
     num_images: int = constant(64, least=1)  # images to generate
     seed: int = constant(0, least=0)  # image i depends on (seed, i) only
-    out: str = "samples.png"  # .png: one grid; .gif: from noise to faces; else a folder
+    out: str = "samples.png"  # .png, .jpg: one grid; .gif: from noise to faces; else a folder
     # Sampler
     sampler: Literal[*SAMPLERS] = "dpm++"  # dpm++ needs the fewest steps
     steps: int = constant(10, least=1)  # evaluations of the network for each image
@@ -58,8 +63,8 @@ class SampleConfig:
     guidance: float = constant(1.0, least=0)  # how strongly: 1 as learned, 2 to 4 more
     sheet: bool = False  # a row for each attribute, with and without, num_images columns
     # Editing
-    image: str = ""  # an image of yours, to repair or to vary
-    mask: str = ""  # an image of its size: white is generated anew, black is kept
+    image: str = ""  # an image of yours, to repair (mask), vary (strength) or change (condition)
+    mask: str = ""  # what to generate anew: a file, white on black, or a box such as 40:60,20:80
     resample: int = constant(5, least=1)  # times that each part of a repair is repeated
     strength: float | None = constant(None, least=0, most=1)  # 0: --image itself, 1: nothing of it
     interpolate: tuple[int | str, ...] = constant((), least=0)  # between two: 3 8, or a.png b.png
@@ -89,8 +94,11 @@ def sample_with(config: SampleConfig, processes: Processes) -> Path:
     options |= dict(attributes=attributes, guidance=config.guidance)
 
     # What else is asked for.
+    beside = []  # shown in front of the generated images
     if config.image:
-        options |= read_edit(config, trained)
+        edit, beside = read_edit(config, trained, attributes)
+        options |= edit
+        numbers = numbers if "loop" in edit else range(1)  # inversion has one answer
     if config.interpolate:
         columns = config.num_images
         way = dict(steps=config.steps, attributes=attributes, guidance=config.guidance)
@@ -114,24 +122,30 @@ def sample_with(config: SampleConfig, processes: Processes) -> Path:
             save_each(batches, out)
             processes.everyone()
             return done(out)
-        images = torch.zeros(len(numbers), 3, trained.img_size, trained.img_size)
+        images = torch.zeros(len(numbers), 3, trained.img_size, trained.img_size)  # fits, or fails
         for start, batch in batches:
             images[start:][: len(batch)] = batch
     images = processes.sum(images)
     if processes.is_main and out.suffix == ".gif":
         save_gif([image_grid(image[None]) for image in images], out)
     elif processes.is_main:
-        save_image(image_grid(images, columns, labels), out)
+        save_image(image_grid(torch.cat([*beside, images]), columns, labels), out)
     return done(out)
 
 
 def describe(trained: Trained) -> str:
     """Which weights are used, how long they were trained, and what guides them."""
-    text = f"{trained.path}, trained for {trained.step:,} steps"
+    text = f"{short(trained.path)}, trained for {trained.step:,} steps"
     if trained.guide:
-        guide = os.path.relpath(trained.guide)
-        text += f", guided by {guide} (two networks; --guide none uses one)"
+        text += f", guided by {short(trained.guide)} (two networks; --guide none uses one)"
     return text
+
+
+def short(path: Path) -> str:
+    """A checkpoint as one would name it: weights by their folder's name, files from here."""
+    if path.suffix == ".safetensors":
+        return path.parent.parent.name if path.parent.name == "unet" else path.parent.name
+    return os.path.relpath(path)
 
 
 def done(out: Path) -> Path:
@@ -148,15 +162,16 @@ def check_config(config: SampleConfig) -> None:
     check_ranges(config)
     check_sampler(config.sampler, config.steps, config.eta)
     suffix = Path(config.out).suffix
-    if config.out == "" or suffix not in ("", ".png", ".gif"):
-        fix = "give a name ending in .png or .gif, or a folder"
+    if config.out == "" or suffix not in ("", ".gif", *GRIDS):
+        fix = "give a name ending in .png, .jpg or .gif, or a folder"
         raise UsageError("--out", f"is {config.out!r}", fix)
-    if config.sheet and suffix != ".png":
+    if config.sheet and suffix not in GRIDS:
         raise UsageError("--out", f"is {config.out!r}", "give a name ending in .png for --sheet")
     if config.interpolate:
         check_interpolation(config)
-    if config.image and not config.mask and config.strength is None:
-        raise UsageError("--image", "alone changes nothing", "add --mask or --strength")
+    if config.image and not (config.mask or config.condition) and config.strength is None:
+        fix = "add --mask to repair it, --strength to vary it, or --condition to change it"
+        raise UsageError("--image", "alone changes nothing", fix)
     if not config.image and (config.mask or config.strength is not None):
         flag = "--mask" if config.mask else "--strength"
         raise UsageError(flag, "there is no image", "add --image")
@@ -216,10 +231,8 @@ def read_condition(config: SampleConfig, trained: Trained) -> Tensor | None:
         if given and not names:
             what = f"{trained.path} was trained without attributes"
             raise UsageError(flag, what, "train with --attributes, or use another checkpoint")
-    unknown = [name for name in condition if name not in names]
-    if unknown:
-        what = f"{trained.path} has not learned {', '.join(unknown)}"
-        raise UsageError("--condition", what, f"choose from {', '.join(names)}")
+    matched = match_names("--condition", list(condition), names)
+    condition = dict(zip(matched, condition.values(), strict=True))
     if config.guidance != 1 and not any(condition.values()) and not config.sheet:
         raise UsageError("--guidance", "there is no condition", "add --condition, or --sheet")
     if not condition:
@@ -242,14 +255,21 @@ def sheet(
     return labels, list(range(columns)) * len(labels), rows.repeat_interleave(columns, dim=0)
 
 
-def read_edit(config: SampleConfig, trained: Trained) -> dict:
-    """The options of `generate` that repair or vary an image. Raises DataError for bad files."""
-    edit = dict(loop=edit_loop, image=read_image(config.image, trained))
+def read_edit(
+    config: SampleConfig, trained: Trained, attributes: Tensor | None
+) -> tuple[dict, list[Tensor]]:
+    """The options of `generate` that repair, vary or change an image, and the images to show in
+    front of the answers: the image, and the image with the hole. Raises DataError for bad files."""
+    image = read_image(config.image, trained)
+    if not config.mask and config.strength is None:
+        return dict(x_T=encode(trained, image, config.steps)), [image]
+    edit, beside = dict(loop=edit_loop, image=image), [image]
     edit["strength"] = 1.0 if config.strength is None else config.strength
     if config.mask:
         edit["mask"] = read_mask(config.mask, config.image, trained)
         edit["resample"] = config.resample
-    return edit
+        beside.append(torch.where(edit["mask"], 0.0, image))
+    return edit, beside
 
 
 # Saving ------------------------------------------------------------------------------------------
@@ -258,23 +278,31 @@ def read_edit(config: SampleConfig, trained: Trained) -> dict:
 def frames_from_noise(
     trained: Trained, numbers: Sequence[int], loop=sample_loop, **options
 ) -> list[Image.Image]:
-    """The way from noise to faces: grids of x_t at up to GIF_FRAMES steps, and of the faces."""
+    """The way from noise to the images: up to GIF_FRAMES grids of x_t, which come nearer to the
+    images by equal parts, and the images."""
     if (attributes := options["attributes"]) is not None:
         options["attributes"] = attributes.expand(len(numbers), -1)
     steps = options["steps"] * options.get("resample", 1)
     moves = tqdm(loop(trained, numbers, **options), total=steps, unit="step", disable=None)
-    frames = []
+    way = []
     for i, (x_t, x_0_pred) in enumerate(moves):
-        faces = x_0_pred
-        if i % max(1, steps // GIF_FRAMES) == 0:
-            frames.append(image_grid(x_t))
-    check_finite(trained, faces)
-    return [*frames, image_grid(faces)]
+        images = x_0_pred
+        if i % max(1, steps // 200) == 0:
+            way.append(to_uint8(x_t))
+    check_finite(trained, images)
+    last = to_uint8(images).float()
+    left = torch.stack([(pixels.float() - last).square().mean().sqrt() for pixels in way])
+    parts = torch.linspace(float(left[0]), 0, GIF_FRAMES)
+    chosen = sorted({int((left - part).abs().argmin()) for part in parts})
+    frames = [way[i].movedim(-1, -3) / 127.5 - 1 for i in chosen]
+    return [image_grid(frame) for frame in [*frames, images]]
 
 
 def save_gif(frames: list[Image.Image], path: Path) -> None:
-    """Save frames as an animation that rests on the last one."""
-    first, *rest = frames
+    """Save frames as an animation that rests on the last one, enlarged if they are small."""
+    scale = math.ceil(GIF_SIZE / frames[0].width)
+    size = frames[0].width * scale, frames[0].height * scale
+    first, *rest = [frame.resize(size, Image.Resampling.NEAREST) for frame in frames]
     pauses = [80] * len(rest) + [2000]  # milliseconds
     save_image(first, path, save_all=True, append_images=rest, duration=pauses, loop=0)
 

@@ -45,8 +45,10 @@ class Config:
     seed: int = fixed(0, least=0)  # for weights, data order, noise and dropout
     # Data
     img_size: int = fixed(64, least=8)  # pixels of a side: 32, 64, 128, 192, 256
+    horizontal_flip: bool = fixed(True)  # mirror half of the images in training
+    skip_damaged: bool = free(False)  # leave out images that cannot be read
     only: tuple[str, ...] = fixed(())  # train on the faces with these attributes: Smiling Male=-1
-    attributes: tuple[str, ...] = fixed(())  # condition on these: Smiling Male Eyeglasses
+    attributes: tuple[str, ...] = fixed(())  # condition on these: Smiling Male Eyeglasses; all
     attribute_dropout: float = fixed(0.1, least=0, most=1)  # share trained without any attribute
     # Network
     channels: int = fixed(128, least=4)  # width of the first stage

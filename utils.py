@@ -263,7 +263,9 @@ def to_uint8(images: Tensor) -> Tensor:
 def image_grid(images: Tensor, columns: int = 0, labels: Sequence[str] = ()) -> Image.Image:
     """One image of many. images: (N, C, H, W) in [-1, 1]; columns: 0 for as square as can be;
     labels: a text for each row, to the left of it, which makes the grid a sheet."""
-    columns = columns or math.ceil(math.sqrt(len(images)))
+    root = math.ceil(math.sqrt(len(images)))
+    full = [count for count in range(root, 2 * root) if len(images) % count == 0]
+    columns = columns or (full or [root])[0]  # without empty cells, if that is not too wide
     cells = to_uint8(images).movedim(-1, -3)
     grid = make_grid(cells, nrow=columns, padding=2, pad_value=255)
     grid = Image.fromarray(grid.permute(1, 2, 0).numpy())
