@@ -11,6 +11,7 @@ random state is carried from step to step, so a resumed run equals one that neve
 """
 
 import math
+import os
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -117,6 +118,8 @@ def check_config(config: Config) -> None:
     check_ranges(config)
     if Path(config.experiment_name).name in ("", ".."):  # ".", "./", "/" too
         raise UsageError("--experiment_name", f"is {config.experiment_name!r}", "name a folder")
+    if os.path.realpath(config.experiment_name) == os.path.realpath(config.path_to_data):
+        raise UsageError("--experiment_name", "is the folder of the data", "give another name")
     if len(set(config.attributes)) < len(config.attributes):
         raise UsageError("--attributes", f"is {config.attributes!r}", "give each name once")
     if config.norm_groups and config.channels % config.norm_groups:

@@ -18,6 +18,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import Field, field, fields, make_dataclass, replace
+from types import UnionType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from system.errors import Interrupted, OtherFailed, UsageError, UserError, is_out_of_memory
@@ -65,22 +66,25 @@ def resume_rule(about: Field) -> str:
 
 
 def check_ranges(config: Any) -> None:
-    """Raise UsageError, naming the flag, for a constant out of its range or its choices."""
+    """Raise UsageError, naming the flag, for a constant of a wrong type or out of its range."""
     for about in fields(config):
         value = getattr(config, about.name)
-        if get_origin(about.type) is Literal:
-            choices = get_args(about.type)
-            allowed, good = "one of " + ", ".join(choices), value in choices
-        else:
-            values = value if isinstance(value, tuple | list) else [value]
-            allowed, good = _range(about), all(_inside(about, each) for each in values)
-            if any(isinstance(text, str) and "\0" in text for text in values):
-                allowed, good = "a text without NUL", False
-            if any(isinstance(number, int) and number >= LARGEST for number in values):
-                allowed += " to below 2**63"
+        values = value if isinstance(value, tuple | list) else [value]
+        good = _is_a(about.type, value) and all(_inside(about, each) for each in values)
         if not good:
             shown = repr(value) if len(repr(value)) <= 80 else f"{repr(value)[:60]}..."
-            raise UsageError(f"--{about.name}", f"is {shown}", f"give {allowed}")
+            raise UsageError(f"--{about.name}", f"is {shown}", f"give {_allowed(about)}")
+
+
+def _is_a(kind: Any, value: Any) -> bool:
+    """Whether a value has the type of a field; numpy's numbers, for example, do not."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple | list) and all(_is_a(get_args(kind)[0], v) for v in value)
+    if isinstance(kind, UnionType):
+        return any(_is_a(each, value) for each in get_args(kind))
+    return type(value) is kind or kind is float and type(value) is int
 
 
 def _bounds(about: Field) -> dict[str, float]:
@@ -88,19 +92,24 @@ def _bounds(about: Field) -> dict[str, float]:
 
 
 def _inside(about: Field, value: Any) -> bool:
+    if isinstance(value, str):
+        return "\0" not in value
     if not isinstance(value, int | float):
         return True
-    if isinstance(value, int) and abs(value) >= LARGEST:
-        return False
     holds = (BOUNDS[name][1](value, bound) for name, bound in _bounds(about).items())
-    return math.isfinite(value) and all(holds)
+    return math.isfinite(value) and abs(value) < LARGEST and all(holds)
 
 
-def _range(about: Field) -> str:
-    """The range of a constant in words: "a whole number from 1"."""
-    number = "whole number" if about.type in (int, tuple[int, ...]) else "number"
-    text = f"{number}s" if get_origin(about.type) is tuple else f"a {number}"
-    return " ".join([text, *(f"{BOUNDS[name][0]} {b}" for name, b in _bounds(about).items())])
+def _allowed(about: Field) -> str:
+    """The values of a constant in words: "a whole number from 1"."""
+    if get_origin(about.type) is Literal:
+        return "one of " + ", ".join(get_args(about.type))
+    several = get_origin(about.type) is tuple
+    kind = get_args(about.type)[0] if several else about.type
+    words = {int: "whole number", float: "number", str: "text", bool: "truth value"}
+    word = words.get(kind, "number")
+    bounds = [f"{BOUNDS[name][0]} {bound:g}" for name, bound in _bounds(about).items()]
+    return " ".join([f"{word}s" if several else f"a {word}", *bounds])
 
 
 # The command line ---------------------------------------------------------------------------------

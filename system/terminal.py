@@ -25,8 +25,8 @@ def open_streams() -> None:
             os.fstat(number)
         except OSError:  # closed: the next file that is opened would get its number, and our words
             os.open(os.devnull, os.O_RDWR)
-        if name == "stdin":
-            continue
+        if name == "stdin" or stream not in (None, getattr(sys, f"__{name}__")):
+            continue  # a notebook has its own streams
         # Python found it closed at its start: if it is open now, it is somebody's file.
         raw = _Patient(os.devnull if stream is None else number, "w", closefd=stream is None)
         encoding = getattr(stream, "encoding", None) or "utf-8"
