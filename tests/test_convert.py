@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import as_flags, assert_error, run_script, tensors_equal, tiny, write_pictures
+from conftest import assert_error, run_script, tensors_equal, tiny, write_pictures
 
 from convert import ConvertConfig, convert
 from system.errors import UsageError, UserError
@@ -52,7 +52,7 @@ def test_command_converts_there_and_back(there):
 
 def test_converted_weights_cannot_be_resumed_and_the_error_says_how_to_go_on(there):
     convert(ConvertConfig(from_diffusers="folder", out="back"))
-    words = as_flags(vars(tiny(**WIDE, experiment_name="back", resume=True)))
+    words = "--experiment_name back --path_to_data pictures --resume".split()
     assert_error(run_script("train.py", *words), 4, "holds weights only", "--init_from back")
 
 
