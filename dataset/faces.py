@@ -110,7 +110,7 @@ def load_faces(
         raise UsageError("--only", "=0 would keep every image", "leave that attribute out")
     source = find_source(path_to_data)
     kept = dict(zip(_find_names("--only", [*wanted], source), wanted.values(), strict=True))
-    every = list(attributes) == ["all"]
+    every = [*attributes] == ["all"] and source.attributes
     names = _find_names("--attributes", source.attribute_names if every else attributes, source)
     columns = [*kept, *names]
     values = source.attributes(columns) if columns else np.empty((source.count, 0), np.int8)

@@ -4,7 +4,7 @@ Each is a `Files` whose images are read by their number. Classes become attribut
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,15 @@ from dataset.folders import Files
 from system.errors import DataError, UsageError
 from system.terminal import say
 
-# The class in torchvision.datasets, the parts to train on, the parts to hold out. Of the flowers
+# The class in torchvision.datasets, the parts to train on, the part to hold out. Of the flowers
 # the smallest part is held out: the official one would leave 1,020 of 8,189 to train on.
-TORCHVISION: dict[str, tuple[str, list[dict], list[dict]]] = {
-    "cifar10": ("CIFAR10", [{"train": True}], [{"train": False}]),
-    "mnist": ("MNIST", [{"train": True}], [{"train": False}]),
-    "fashion_mnist": ("FashionMNIST", [{"train": True}], [{"train": False}]),
-    "svhn": ("SVHN", [{"split": "train"}], [{"split": "test"}]),
-    "flowers102": ("Flowers102", [{"split": "train"}, {"split": "test"}], [{"split": "val"}]),
-    "stl10": ("STL10", [{"split": "train+unlabeled"}], [{"split": "test"}]),
+TORCHVISION: dict[str, tuple[str, list[dict], dict]] = {
+    "cifar10": ("CIFAR10", [{"train": True}], {"train": False}),
+    "mnist": ("MNIST", [{"train": True}], {"train": False}),
+    "fashion_mnist": ("FashionMNIST", [{"train": True}], {"train": False}),
+    "svhn": ("SVHN", [{"split": "train"}], {"split": "test"}),
+    "flowers102": ("Flowers102", [{"split": "train"}, {"split": "test"}], {"split": "val"}),
+    "stl10": ("STL10", [{"split": "train+unlabeled"}], {"split": "test"}),
 }
 HUB = "hf:"
 HELD_OUT = ("test", "valid", "val", "validation")
@@ -37,27 +37,21 @@ def open_torchvision(name: str) -> Files:
     kind, trained, held_out = TORCHVISION[name]
     folder = celeba.FOLDER / name
     try:
-        parts = [_open_part(kind, folder, options) for options in (*trained, *held_out)]
+        parts = [_open_part(kind, folder, options) for options in (*trained, held_out)]
     except ModuleNotFoundError as error:
-        fix = f"python -m pip install {error.name}"
-        raise UsageError("--path_to_data", f"{name} needs the package {error.name}", fix) from error
+        raise _missing(name, error.name) from error
     except Exception as error:  # torchvision, the network and damaged files raise nearly anything
         what = f"{name} could not be downloaded or read ({' '.join(str(error).split())[:200]})"
         raise DataError(folder, what, "check the network, or remove this folder") from error
-    starts = np.cumsum([0, *map(len, parts)])
-
-    def read(name: str) -> Any:
-        part = np.searchsorted(starts, int(name), side="right") - 1
-        return parts[part][int(name) - starts[part]][0]
-
-    labels = np.concatenate([_labels(part) for part in parts]).astype(np.int64)
-    # MNIST's are "7 - seven"; in a flag, spaces would need quotes.
+    fields = ("targets", "labels", "_labels")  # -1: not known
+    labels = [next(getattr(part, x) for x in fields if hasattr(part, x)) for part in parts]
+    labels = np.concatenate([np.asarray(each) for each in labels]).astype(np.int64)
     titles = getattr(parts[0], "classes", None) or range(labels.max() + 1)
-    classes = [str(title).split(" - ")[0].replace(" ", "_") for title in titles]
-    count, listing = int(starts[-1]), repr([name, _list_folder(folder)])
-    split = np.arange(count) >= starts[len(trained)]
-    names = [str(number) for number in range(count)]
-    return Files(folder, names, read, listing, classes=classes, labels=labels, held_out=split)
+    titles = [str(title).split(" - ")[0] for title in titles]  # MNIST's are "7 - seven"
+    paths = [Path(base, file) for base, _, files in os.walk(folder) for file in files]
+    stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(paths)]
+    first = len(labels) - len(parts[-1])
+    return _number(folder, parts, lambda part, i: part[i][0], first, stats, titles, labels)
 
 
 def _open_part(kind: str, folder: Path, options: dict) -> Any:
@@ -72,17 +66,34 @@ def _open_part(kind: str, folder: Path, options: dict) -> Any:
         return make(folder, download=True, **options)
 
 
-def _labels(part: Any) -> np.ndarray:
-    """The class of each image of a data set of torchvision's: (N,); -1: not known."""
-    names = ("targets", "labels", "_labels")
-    return np.asarray(next(getattr(part, name) for name in names if hasattr(part, name)))
+def _missing(name: str, package: str | None) -> UsageError:
+    fix = f"python -m pip install {package}"
+    return UsageError("--path_to_data", f"{name} needs the package {package}", fix)
 
 
-def _list_folder(folder: Path) -> list[tuple[str, int, int]]:
-    """Name, size and time of each file below a folder."""
-    paths = [Path(base, name) for base, _, names in os.walk(folder) for name in names]
-    files = [(str(path.relative_to(folder)), path.stat()) for path in sorted(paths)]
-    return [(name, status.st_size, status.st_mtime_ns) for name, status in files]
+def _number(
+    where: Path,
+    parts: Sequence[Any],
+    get: Callable[[Any, int], Any],
+    trained: int,
+    listing: object,
+    titles: Sequence[str],
+    labels: np.ndarray | None,
+) -> Files:
+    """The files 0, 1, ... of all parts one after another, of which the first are trained on.
+
+    get: an image of a part; titles: names of the classes, in flags without spaces."""
+    starts = np.cumsum([0, *map(len, parts)])
+    numbers = np.arange(starts[-1])
+
+    def read(name: str) -> Any:
+        part = np.searchsorted(starts, int(name), side="right") - 1
+        return get(parts[part], int(name) - int(starts[part]))
+
+    classes = [title.replace(" ", "_") for title in titles]
+    held_out = numbers >= trained if 0 < trained < len(numbers) else None
+    about = dict(classes=classes, labels=labels, held_out=held_out)
+    return Files(where, [str(number) for number in numbers], read, repr(listing), **about)
 
 
 # ---- The Hub, and parquet files ----
@@ -102,40 +113,33 @@ def open_hub(path: str) -> Files:
     try:
         import datasets
     except ImportError as error:
-        fix = "python -m pip install datasets"
-        raise UsageError("--path_to_data", f"{path} needs the package datasets", fix) from error
-    name = path.removeprefix(HUB)
-    if path != name:
+        raise _missing(path, "datasets") from error
+    if path.startswith(HUB):
         say(f"{path}: kept in {datasets.config.HF_DATASETS_CACHE}")
     try:
-        splits = dict(datasets.load_dataset(name))
+        splits = datasets.load_dataset(path.removeprefix(HUB))
     except Exception as error:  # the library and the network raise nearly anything
         what = f"cannot be loaded ({' '.join(str(error).split())[:200]})"
         raise DataError(path, what, "check the name and the network") from error
-    splits = dict(sorted(splits.items(), key=lambda split: split[0] in HELD_OUT))
-    features = next(iter(splits.values())).features
+    parts = sorted(splits.items(), key=lambda split: split[0] in HELD_OUT)  # these last
+    trained = sum(len(part) for name, part in parts if name not in HELD_OUT)
+    listing, parts = (
+        [(name, part._fingerprint) for name, part in parts],
+        [part for _, part in parts],
+    )
+    features = parts[0].features
     column = next((name for name, kind in features.items() if _holds_images(kind)), None)
     if column is None:
-        raise DataError(
-            path, f"has no column of images, only {', '.join(features)}", "choose another"
-        )
-    undecoded = datasets.Image(decode=False)
-    images = [
-        split.select_columns(column).cast_column(column, undecoded) for split in splits.values()
-    ]
-    data = datasets.concatenate_datasets(images)
+        what = f"has no column of images, only {', '.join(features)}"
+        raise DataError(path, what, "choose another")
+    encoded = datasets.Image(decode=False)  # as the bytes of a file
+    images = [part.select_columns(column).cast_column(column, encoded) for part in parts]
 
-    def read(name: str) -> bytes:
-        cell = data[int(name)][column]
+    def get(part: Any, number: int) -> bytes:
+        cell = part[number][column]
         return cell["bytes"] or Path(cell["path"]).read_bytes()
 
-    trained = sum(len(split) for kind, split in splits.items() if kind not in HELD_OUT)
-    held_out = np.arange(len(data)) >= trained if 0 < trained < len(data) else None
-    classes, labels = _hub_classes(features, list(splits.values()))
-    listing = repr([(kind, len(split), split._fingerprint) for kind, split in splits.items()])
-    names = [str(number) for number in range(len(data))]
-    about = dict(classes=classes, labels=labels, held_out=held_out)
-    return Files(Path(path), names, read, listing, **about)
+    return _number(Path(path), images, get, trained, listing, *_find_labels(parts))
 
 
 def _holds_images(kind: Any) -> bool:
@@ -144,14 +148,15 @@ def _holds_images(kind: Any) -> bool:
     return type(kind).__name__ == "Image" or binary or isinstance(kind, dict) and "bytes" in kind
 
 
-def _hub_classes(features: Any, splits: Sequence[Any]) -> tuple[list[str], np.ndarray | None]:
+def _find_labels(parts: Sequence[Any]) -> tuple[list[str], np.ndarray | None]:
     """The names of the classes, and the class of each image; none without a column of labels."""
+    features = parts[0].features
     declared = [name for name, kind in features.items() if type(kind).__name__ == "ClassLabel"]
     column = next(iter([*declared, *(name for name in LABELS if name in features)]), None)
-    if column is None:
+    if column is None or any(column not in part.features for part in parts):
         return [], None
-    values = np.concatenate([np.asarray(split[column][:]) for split in splits])
+    values = np.concatenate([np.asarray(part[column][:]) for part in parts])
+    titles, labels = np.unique(values, return_inverse=True)
     if declared:
-        return [name.replace(" ", "_") for name in features[column].names], values
-    classes, labels = np.unique(values, return_inverse=True)
-    return [str(title).replace(" ", "_") for title in classes], labels
+        titles, labels = features[column].names, values
+    return [str(title) for title in titles], labels

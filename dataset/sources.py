@@ -87,7 +87,7 @@ def find_source(path_to_data: str | Path) -> Source:
         raise DataError(path, "is not there", f"{fix}; built in: {', '.join(SOURCES)}")
     files = open_files(path)
     if not any(map(celeba.is_list, files.names)) and named.is_parquet(files):
-        files = named.open_hub(files.where)
+        files = named.open_hub(str(files.where))
     return image_files(files)
 
 
