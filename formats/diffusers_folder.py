@@ -246,10 +246,11 @@ def read_unet_config(path: Path) -> tuple[dict, UNet, bool]:
         setting, _, reason = what.removeprefix("--").partition(": ")
         what = f"is of no network of ours: {SETTINGS.get(setting, [setting])[0]} {reason}"
         raise CheckpointError(path, what, "take another model") from error
-    flip = config["flip_sin_to_cos"] is True
-    ours |= dict(flip_sin_to_cos=flip) | ({} if head_dim else dict(attention_head_dim=None))
+    ours["flip_sin_to_cos"] = flip = config["flip_sin_to_cos"] is True
+    ignored = IGNORED | ({"attention_head_dim"} if head_dim is None else set())
+    ignored |= {"downsample_padding"} if len(widths) == 1 else set()  # nothing is downsampled
     for name, value in config.items():
-        known = name in IGNORED or name[:1] == "_" and name not in ours
+        known = name in ignored or name[:1] == "_" and name not in ours
         if not known and value != ours.get(name):
             refuse(path, config, name, str(ours.get(name)))
     return arguments, unet, flip
@@ -272,7 +273,7 @@ def read_bounded(path: Path) -> dict:
     single = {"attention_head_dim": 1} if config["attention_head_dim"] is None else {}
     for theirs, _, least, most in SETTINGS.values():
         if not within((config | single)[theirs], least, most):
-            refuse(path, config, theirs, f"{least} to {most}")
+            refuse(path, config, theirs, f"numbers from {least} to {most}")
     return config
 
 
