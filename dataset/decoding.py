@@ -54,9 +54,7 @@ def crop_face(image: Image.Image, img_size: int, crop: Crop = "square") -> np.nd
 
     Transparent pixels become white. The filter is Pillow's bicubic, antialiased when it reduces, as
     FID needs it (Parmar et al. 2022, "On Aliased Resizing and Surprising Subtleties in GAN
-    Evaluation"). Raises ValueError on more than 8 bits a channel, which would be clipped."""
-    if image.mode == "F" or image.mode.startswith("I"):
-        raise ValueError(f"more than 8 bits a channel, mode {image.mode}")
+    Evaluation")."""
     ImageOps.exif_transpose(image, in_place=True)
     # Crop before resizing, or the filter would use pixels outside the box.
     face = image.crop(face_box(*image.size, crop))
@@ -73,13 +71,16 @@ def crop_face(image: Image.Image, img_size: int, crop: Crop = "square") -> np.nd
 def open_image(data: bytes) -> Image.Image:
     """Decode a file's contents, upright, in the file's own mode.
 
-    Raises ValueError on a damaged JPEG, and what Pillow raises on other damage."""
+    Raises ValueError on a damaged JPEG and on more than 8 bits a channel, which would be clipped,
+    and what Pillow raises on other damage."""
     pixels = _plain_jpeg(data)
     if pixels is not None:
         return Image.fromarray(pixels)
     image = Image.open(io.BytesIO(data))
     if image.format == "EPS":
         raise ValueError("EPS, which Pillow would have another program decode")
+    if image.mode == "F" or image.mode.startswith("I"):
+        raise ValueError(f"more than 8 bits a channel, mode {image.mode}")
     if image.format == "TIFF":
         _check_tiff(image, data)
     image.load()

@@ -104,9 +104,10 @@ def one_line(error):
 
 def refused(path, kind=DataError, size=16, **options):
     """The one line with which a source is refused."""
+    before = sorted(Path("prepared").glob("*"))
     with pytest.raises(kind) as error:
         load_faces(path, size, **options)
-    assert not list(Path("prepared").glob("*")), "nothing half made is left"
+    assert sorted(Path("prepared").glob("*")) == before, "nothing half made is left"
     return one_line(error)
 
 

@@ -268,3 +268,41 @@ def test_another_empty_folder_is_no_download(monkeypatch):
 def test_the_default_folder_is_known_however_it_is_written(path, monkeypatch):
     kaggle(monkeypatch, make_kaggle)
     assert_is_celeba(Path("data").absolute() if path == "absolute" else path)
+
+
+# ---- The crop, and CelebAMask-HQ ----
+
+
+def test_the_crop_does_not_depend_on_which_file_comes_first(tmp_path):
+    root = make_celeba(tmp_path / "data", "folder")
+    (root / "img_align_celeba").rename(tmp_path / "img_align_celeba")
+    home = tmp_path / "authors" / "Img"
+    home.mkdir(parents=True)
+    (tmp_path / "img_align_celeba").rename(home / "img_align_celeba")
+    (tmp_path / "authors" / "Eval").mkdir()
+    split = (root / "list_eval_partition.txt").read_text()
+    expected = np.asarray(Image.open(io.BytesIO(jpeg(1))))[28:92, 12:76]
+    for name in ("Eval/list_eval_partition.txt", "zzz/list_eval_partition.txt"):
+        path = tmp_path / "authors" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(split)
+        faces = load_faces(tmp_path / "authors", 64)
+        np.testing.assert_array_equal(faces.images[0], expected)
+        assert faces.crop == "aligned" and ", CelebA's crop, from " in faces.description
+        path.unlink()
+    (tmp_path / "authors" / "000.jpg").write_bytes(jpeg(1))  # not all are CelebA's now
+    assert load_faces(tmp_path / "authors", 64).crop == "square"
+
+
+def test_masks_of_celebamask_hq_are_no_faces_and_its_list_is_read():
+    make_folder(Path("CelebAMask-HQ/CelebA-HQ-img"), 3, (64, 64))
+    masks = Path("CelebAMask-HQ/CelebAMask-HQ-mask-anno/0")
+    masks.mkdir(parents=True)
+    for part in ("hair", "skin"):
+        Image.new("L", (16, 16)).save(masks / f"00000_{part}.png")
+    rows = "000.jpg  1 -1\n001.jpg -1  1\n002.jpg  1  1\n"
+    path = Path("CelebAMask-HQ/CelebAMask-HQ-attribute-anno.txt")
+    path.write_text("3\nMale Young\n" + rows)
+    faces = load_faces("CelebAMask-HQ", 8, attributes=["Young"])
+    assert faces.attributes.ravel().tolist() == [-1, 1, 1] and faces.crop == "square"
+    assert faces.description.endswith("left out: 2 .png")

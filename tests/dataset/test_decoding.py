@@ -17,7 +17,7 @@ from PIL import Image
 
 from dataset import decoding
 from dataset import faces as dataset
-from dataset.decoding import crop_face, decode_face, face_box
+from dataset.decoding import crop_face, decode_face, face_box, open_file
 from dataset.faces import load_faces
 from system.errors import DataError, ResourceError
 
@@ -297,3 +297,94 @@ def test_an_image_removed_after_the_listing_names_the_file(monkeypatch):
     find_source = dataset.find_source
     monkeypatch.setattr(dataset, "find_source", listed_then_removed)
     assert "mine/004.jpg: " in refused("mine")
+
+
+# ---- What is damaged ----
+
+
+def test_all_damaged_images_are_named_at_once_and_left_out_if_asked(capsys):
+    make_folder(Path("mine"), 40, (16, 16))
+    damaged = [1, 3, 5, 8, 13, 17, 19, 21, 22, 30, 34, 38]
+    expected = load_faces("mine", 16)
+    for number in damaged:
+        Path(f"mine/{number:03d}.jpg").write_bytes(jpeg(number)[:200])
+    text = refused("mine")
+    assert text.startswith("mine: 12 of 40 images cannot be used: 001.jpg (OSError")
+    assert ", 030.jpg (" in text and "034" not in text and " and 2 more. Fix: " in text
+    for _ in range(2):  # prepared, then mapped
+        faces = load_faces("mine", 16, skip_damaged=True)
+        assert faces.train.tolist() == sorted({*expected.train} - {*damaged})
+        assert faces.held_out.tolist() == [39]
+        np.testing.assert_array_equal(faces.images[faces.train], expected.images[faces.train])
+        assert faces.description.endswith("left out: 12 damaged")
+    assert "001.jpg (OSError" in capsys.readouterr().err
+    with pytest.raises(DataError, match="^mine: holds 12 damaged images.* Fix: add --skip_damaged"):
+        load_faces("mine", 16)
+
+
+def tiff(compression):
+    """A TIFF, and where its pixels are."""
+    random = np.random.default_rng(1)
+    image = Image.fromarray(random.integers(0, 256, (7, 6, 3), np.uint8)).resize((48, 48))
+    image = image.convert("1" if compression == "group4" else "RGB")
+    file = io.BytesIO()
+    image.save(file, "TIFF", compression=compression)
+    tags = Image.open(file).tag_v2
+    return file.getvalue(), tags[273][0], tags[279][0]
+
+
+@pytest.mark.parametrize("kind", ["raw", "tiff_lzw", "packbits", "tiff_adobe_deflate", "jpeg"])
+def test_a_whole_tiff_has_the_pixels_that_pillow_decodes(kind):
+    data, _, _ = tiff(kind)
+    expected = Image.open(io.BytesIO(data)).convert("RGB")
+    np.testing.assert_array_equal(decode_face(data, 48), np.asarray(expected))
+
+
+@pytest.mark.parametrize("kind", ["tiff_adobe_deflate", "group4", "lzma"])
+def test_no_flipped_bit_of_a_compressed_tiff_is_used_with_other_pixels(kind):
+    data, start, size = tiff(kind)
+    for place in range(start, start + size, max(1, size // 100)):
+        damaged = data[:place] + bytes([data[place] ^ 16]) + data[place + 1 :]
+        try:
+            found = decode_face(damaged, 48)
+        except Exception:
+            continue
+        np.testing.assert_array_equal(found, decode_face(data, 48))
+
+
+def test_a_tiff_whose_jpeg_is_damaged_is_refused_not_made_up():
+    data, start, size = tiff("jpeg")
+    cut = data[: start + size // 2] + bytes(size - size // 2) + data[start + size :]
+    Image.open(io.BytesIO(cut)).load()  # Pillow says nothing
+    with pytest.raises(ValueError, match="Premature end of JPEG"):
+        decode_face(cut, 48)
+
+
+def with_short_jfif(data):
+    """The JPEG with a JFIF segment that ends after its name, which Pillow cannot read."""
+    assert data[2:4] == b"\xff\xe0"
+    rest = 4 + int.from_bytes(data[4:6], "big")
+    return data[:2] + b"\xff\xe0\0\7JFIF\0" + data[rest:]
+
+
+def test_a_jpeg_with_a_short_jfif_segment_is_read_everywhere():
+    data = jpeg(1, (16, 16))
+    Path("face.jpg").write_bytes(with_short_jfif(data))
+    np.testing.assert_array_equal(np.asarray(open_file("face.jpg")), decode_face(data, 16))
+
+
+def test_a_jpeg_with_extraneous_bytes_before_its_end_is_damaged():
+    data = jpeg(1)
+    Path("face.jpg").write_bytes(data[:-2] + bytes(9) + data[-2:])
+    with pytest.raises(DataError, match="^face.jpg: cannot be used .*extraneous bytes.* Fix: "):
+        open_file("face.jpg")
+
+
+@pytest.mark.parametrize("crop, home", [("aligned", "img_align_celeba"), ("square", "mine")])
+def test_one_file_is_cropped_as_the_data_that_it_is_from(crop, home):
+    faces = load_faces(make_folder(Path(home), 3, (178, 218)), 16)
+    assert faces.crop == crop
+    image = open_file(f"{home}/001.jpg")
+    np.testing.assert_array_equal(crop_face(image, 16, faces.crop), faces.images[1])
+    other = "square" if crop == "aligned" else "aligned"
+    assert not np.array_equal(crop_face(image, 16, other), faces.images[1])

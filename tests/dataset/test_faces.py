@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from made import empty_folder, jpeg, make_celeba, make_folder, one_line  # noqa: F401
+from made import NAMES, empty_folder, jpeg, make_celeba, make_folder, one_line  # noqa: F401
 
 from dataset import sources, synthetic
 from dataset.faces import Batches, Faces, load_faces, parse_attributes
@@ -42,17 +42,13 @@ def sources_of_attributes(tmp_path):
         yield root, {n: np.array([int(r[k]) for r in rows]) for k, n in enumerate(names)}
 
 
-def test_attributes_come_in_the_order_asked_for(tmp_path):
-    for root, truth in sources_of_attributes(tmp_path):
-        faces = load_faces(root, 64, attributes=("Young", "Male"))
-        expected = np.stack([truth["Young"], truth["Male"]], axis=1)
-        np.testing.assert_array_equal(faces.attributes, expected)
-
-
-def test_only_keeps_exactly_the_faces_that_fit(tmp_path):
+def test_only_keeps_exactly_the_faces_that_fit_with_attributes_in_the_order_asked_for(tmp_path):
     for root, truth in sources_of_attributes(tmp_path):
         everything = load_faces(root, 64)
-        faces = load_faces(root, 64, only=["Smiling", "Male=-1"], attributes=["Male"])
+        only, names = ["Smiling", "Male=-1"], ("Young", "Male")
+        faces = load_faces(root, 64, only=only, attributes=names)
+        expected = np.stack([truth["Young"], truth["Male"]], axis=1)
+        np.testing.assert_array_equal(faces.attributes, expected)
         fits = np.flatnonzero((truth["Smiling"] == 1) & (truth["Male"] == -1))
         assert sorted([*faces.train, *faces.held_out]) == fits.tolist()
         assert set(faces.train) == set(fits) & set(everything.train)
@@ -270,3 +266,29 @@ def test_fewer_faces_than_a_batch_name_the_flag():
     with pytest.raises(DataError) as error:
         Batches(faces, 8)
     assert one_line(error).startswith("--batch_size: ") and "7 faces" in one_line(error)
+
+
+def test_without_horizontal_flip_no_image_is_mirrored_and_the_log_says_so():
+    faces = made_faces(200)
+    batches = Batches(faces, 200, horizontal_flip=False)
+    x_0, _ = batches(0)
+    assert torch.equal(x_0, to_x_0(torch.tensor(faces.images[numbers(x_0)])))
+    assert batches.description == "made, none mirrored"
+    assert Batches(faces, 200).description == "made, half of them mirrored"
+
+
+def test_attributes_are_named_in_any_case_of_letters(tmp_path):
+    root = make_celeba(tmp_path / "data")
+    faces = load_faces(root, 64, only=["mALE=-1"], attributes=["young", "SMILING"])
+    expected = load_faces(root, 64, only=["Male=-1"], attributes=["Young", "Smiling"])
+    assert faces.attribute_names == expected.attribute_names == ("Young", "Smiling")
+    assert faces.fingerprint == expected.fingerprint
+    with pytest.raises(UsageError, match="^--attributes: names Male twice"):
+        load_faces(root, 64, attributes=["Male", "male"])
+
+
+def test_all_attributes_are_taken_at_once(tmp_path):
+    faces = load_faces(make_celeba(tmp_path / "data"), 64, attributes=("all",))
+    assert faces.attribute_names == NAMES and faces.attributes.shape == (24, 4)
+    with pytest.raises(DataError, match="has no attributes"):
+        load_faces(make_folder(Path("mine"), 3), 8, attributes=("all",))

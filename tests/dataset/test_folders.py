@@ -1,5 +1,6 @@
 """Folders and archives: which files are images, in which order, and what is refused."""
 
+import io
 import os
 import zipfile
 from pathlib import Path
@@ -15,10 +16,12 @@ from made import (  # noqa: F401
     refused,
     within_seconds,
 )
+from PIL import Image
 
 from dataset import decoding
 from dataset.faces import load_faces
 from dataset.folders import open_files
+from dataset.sources import find_classes, find_split
 from system.errors import UsageError
 
 
@@ -155,3 +158,115 @@ def test_an_image_that_unpacks_to_gigabytes_is_refused_unread(monkeypatch):
     make_folder(Path("mine"), 2)
     Path("mine/1.bmp").write_bytes(bytes(100_001))
     assert "1.bmp (" in refused("mine")
+
+
+# ---- Which files are images ----
+
+
+def test_formats_that_pillow_reads_are_taken_and_other_files_counted_by_kind():
+    make_folder(Path("mine"), 2)
+    image = Image.new("RGB", (9, 9), (9, 99, 199))
+    kinds = dict(jfif="JPEG", jpe="JPEG", avif="AVIF", tga="TGA", jp2="JPEG2000", apng="PNG")
+    kinds |= dict(JPX="JPEG2000", dib="DIB", pbm="PPM", qoi="QOI", pcx="PCX")
+    for suffix, kind in kinds.items():
+        image.save(f"mine/x.{suffix}", kind)
+    for name in ("a.heic", "b.HEIC", "notes.txt", "README", ".hidden.heic"):
+        Path("mine", name).write_bytes(b"?")
+    faces = load_faces("mine", 8)
+    assert len(faces.images) == 2 + len(kinds)
+    assert faces.description.endswith(", left out: 2 .heic, 1 .txt, 1 without suffix")
+    for path in [*Path("mine").glob("x.*"), *Path("mine").glob("*.jpg")]:
+        path.unlink()
+    assert "mine: holds no images, only 2 .heic, 1 .txt" in refused("mine")
+
+
+# ---- What the names of folders say ----
+
+
+def test_a_split_into_folders_is_kept_and_said():
+    for part, count in (("Train", 4), ("val", 2), ("TEST", 1)):
+        make_folder(Path("mine", part, "cats"), count)
+    faces = load_faces("mine", 8)
+    assert len(faces.train) == 4 and len(faces.held_out) == 3
+    assert "(3 held out)" in faces.description
+    assert ", held out as its subfolders say" in faces.description
+    assert [*faces.train, *faces.held_out] == [1, 2, 3, 4, 0, 5, 6]  # sorted: TEST, Train, val
+
+
+@pytest.mark.parametrize("name", ["test/1.jpg", "train/1.jpg", "a/test/1.jpg"])
+def test_one_part_alone_or_elsewhere_is_no_split(name):
+    assert find_split([name, "b/train/2.jpg", "c.jpg"]) is None
+
+
+@pytest.mark.parametrize("around", ["", "archive/flowers/", "archive/train/"])
+def test_folders_of_classes_become_attributes(around):
+    names = [f"{around}{name}" for name in ("lily/1.jpg", "lily/old/2.jpg", "rose/1.jpg")]
+    names += ["archive/val/rose/1.jpg"] * (around == "archive/train/")
+    classes, labels = find_classes(names)
+    assert classes == ["lily", "rose"] and labels.tolist() == [0, 0, 1, 1][: len(names)]
+    assert find_classes([*names, f"{around}one.jpg"])[0] == []
+
+
+def test_classes_are_asked_for_by_name_or_all_at_once():
+    make_folder(Path("mine/lily"), 3)
+    make_folder(Path("mine/Rose"), 2)
+    faces = load_faces("mine", 8, attributes=("all",))
+    assert faces.attribute_names == ("Rose", "lily")
+    assert faces.attributes.tolist() == [[1, -1]] * 2 + [[-1, 1]] * 3
+    assert load_faces("mine", 8, only=["rose"]).train.tolist() == [0, 1]
+    with pytest.raises(UsageError, match="no attribute tulip. Fix: choose from Rose, lily"):
+        load_faces("mine", 8, attributes=["tulip"])
+
+
+# ---- Archives inside ----
+
+
+def zipped(files, compression=zipfile.ZIP_STORED):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", compression) as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return file.getvalue()
+
+
+def celeba_files(folder):
+    """A made CelebA of Kaggle's as {name: contents}: its images, its lists."""
+    root = make_celeba(folder, "kaggle folder")
+    files = {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*.*g")}
+    return files, {path.name: path.read_bytes() for path in root.glob("list_*")}
+
+
+@pytest.mark.parametrize("layout", ["kaggle's tool", "the authors", "zip in zip", "zip in a zip"])
+def test_archives_inside_a_folder_or_an_archive_are_read_in_place(layout, tmp_path):
+    images, lists = celeba_files(tmp_path / "plain")
+    path = tmp_path / "data"
+    (path / "Img").mkdir(parents=True)
+    if layout == "kaggle's tool":
+        (path / "celeba-dataset.zip").write_bytes(zipped(images | lists))
+    elif layout == "the authors":
+        (path / "Img" / "img_align_celeba.zip").write_bytes(zipped(images))
+        for name, data in lists.items():
+            (path / "Anno").mkdir(exist_ok=True)
+            (path / "Anno" / name).write_bytes(data)
+    else:
+        kind = zipfile.ZIP_DEFLATED if layout == "zip in zip" else zipfile.ZIP_STORED
+        path = path / "celeba.zip"
+        path.write_bytes(zipped({"Img/img_align_celeba.zip": zipped(images)} | lists, kind))
+    expected = load_faces(tmp_path / "plain", 64, attributes=["Male"])
+    for _ in range(2):
+        faces = load_faces(path, 64, attributes=["Male"])
+        np.testing.assert_array_equal(faces.images, expected.images)
+        np.testing.assert_array_equal(faces.attributes, expected.attributes)
+        assert faces.held_out.tolist() == expected.held_out.tolist() and faces.crop == "aligned"
+    assert len(list(Path("prepared").iterdir())) == 2
+    assert [file for file in tmp_path.glob("data/**/*.jpg")] == []
+
+
+def test_an_archive_beside_images_is_left_out_and_a_damaged_one_named():
+    make_folder(Path("mine"), 2)
+    Path("mine/old.zip").write_bytes(zipped({"1.jpg": jpeg(1)}))
+    assert load_faces("mine", 8).description.endswith("left out: 1 .zip")
+    for path in Path("mine").glob("*.jpg"):
+        path.unlink()
+    Path("mine/old.zip").write_bytes(b"PK")
+    assert "mine/old.zip: cannot be read as a zip archive" in refused("mine")
