@@ -4,7 +4,9 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -125,11 +127,11 @@ class RunLog:
     a warning says so once, and the training goes on.
 
     history: [[step, loss], ...], kept in the checkpoint so that loss.png shows the whole run;
-    constants: what TensorBoard shows as the run's text."""
+    config: the run's constants, which TensorBoard shows as a text."""
 
-    def __init__(self, folder: Path, step: int, history: list[list[float]], constants: str = ""):
-        self.folder, self.step, self.history = folder, step, history
-        self.constants, self.failed, self.writer = constants, set(), None
+    def __init__(self, folder: Path, step: int, history: list[list[float]], config: Any = None):
+        self.folder, self.step, self.history, self.config = folder, step, history, config
+        self.failed, self.writer = set(), None
 
     @contextlib.contextmanager
     def _may_fail(self, what: str) -> Iterator[None]:
@@ -150,7 +152,9 @@ class RunLog:
                 # purge_step hides what an interrupted run logged after the checkpoint.
                 purge_step = self.step + 1 if self.step else None
                 self.writer = SummaryWriter(str(self.folder), purge_step=purge_step)
-                self.writer.add_text("constants", self.constants, self.step)
+                if self.config:
+                    rows = [f"    {name}: {value}" for name, value in asdict(self.config).items()]
+                    self.writer.add_text("constants", "\n".join(rows), self.step)
             yield self.writer
             self.writer.flush()
 

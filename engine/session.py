@@ -53,56 +53,8 @@ def open_run(
     stop = StopSignals(several=processes.world_size > 1)
     lock = FolderLock(folder) if processes.is_main else nullcontext()
     with stop, processes, lock:
-        # Rank 0 looks for what the run starts from, and shares it.
-        found = processes.share(find_checkpoint(config) if processes.is_main else None)
-        weights = None
-        if found:
-            config = resumed_config(config, found, given)
-            check_split(config, found, processes.world_size)
-        elif config.init_from:
-            weights = processes.share(open_weights(config.init_from) if processes.is_main else None)
-            config = config_for_weights(config, weights, given)
-
-        with processes.first_of_each_machine_first():
-            data = config.path_to_data, config.img_size, config.only, config.attributes
-            faces = load_faces(*data, skip_damaged=config.skip_damaged)
-        config = replace(config, attributes=faces.attribute_names)  # "all" by their names
-        base = (found or weights).unet if found or weights else None
-        about = describe(config, faces, processes.world_size, base)
-        state = make_state(config, device, about["unet"])
-        if found:
-            resume_state(state, found, about["settings"])
-        elif weights:
-            start_from(state.model, state.ema, weights, config)
-        agreed = {k: v for k, v in about["settings"].items() if k not in OF_THE_MACHINE}
-        processes.agree({"step": state.step} | agreed)
-
-        rank, world_size = processes.rank, processes.world_size
-        run = (Session if processes.is_main else Worker)(
-            config=config,
-            state=state,
-            diffusion=Diffusion(**about["diffusion"], device=device),
-            batches=Batches(
-                faces,
-                config.batch_size,
-                config.seed,
-                device,
-                stride=world_size,
-                horizontal_flip=config.horizontal_flip,
-            ),
-            forward=processes.distribute(state.model),
-            dtype=autocast_dtype(config.mixed_precision, device),
-            rank=rank,
-            world_size=world_size,
-            folder=folder,
-            about=about,
-            faces=faces,
-            processes=processes,
-            stop=stop,
-            lock=lock,
-            run_log=RunLog(folder, state.step, state.history) if processes.is_main else NoLog(),
-        )
-        if state.step < config.num_training_steps:
+        run = set_up(config, given, processes, stop, lock)
+        if run.state.step < run.config.num_training_steps:
             if processes.is_main:
                 rehearse(run)
             processes.everyone()
@@ -111,9 +63,62 @@ def open_run(
         with run.progress, pinned_threads(device):
             yield run
         run.run_log.close()
-        say(f"{folder} has all its {state.step:,} steps; look at {folder}/samples, or run")
+        say(f"{folder} has all its {run.state.step:,} steps; look at {folder}/samples, or run")
         say(f"  python sample.py --checkpoint {folder}")
         say(f"  tensorboard --logdir {folder}")
+
+
+def set_up(
+    config: Any,
+    given: frozenset[str] | None,
+    processes: Processes,
+    stop: StopSignals,
+    lock: FolderLock | nullcontext,
+) -> Session:
+    """The run as it stands before its next step. Rank 0 looks for what it starts from, and the
+    other processes get it from rank 0. Raises UserError, by kind."""
+    processes.agree({k: v for k, v in asdict(config).items() if k not in OF_THE_MACHINE})
+    found = processes.share(find_checkpoint(config) if processes.is_main else None)
+    start = found
+    if found:
+        config = resumed_config(config, found, given)
+        check_split(config, found, processes.world_size)
+    elif config.init_from:
+        start = processes.share(open_weights(config.init_from) if processes.is_main else None)
+        config = config_for_weights(config, start, given)
+
+    with processes.first_of_each_machine_first():
+        data = config.path_to_data, config.img_size, config.only, config.attributes
+        faces = load_faces(*data, skip_damaged=config.skip_damaged)
+    processes.agree({"faces": faces.fingerprint})
+    config = replace(config, attributes=faces.attribute_names)  # "all" by their names
+    about = describe(config, faces, processes.world_size, start.unet if start else None)
+    state = make_state(config, processes.device, about["unet"])
+    if found:
+        resume_state(state, found, about["settings"])
+    elif start:
+        start_from(state.model, state.ema, start, config)
+
+    folder, device, stride = Path(config.experiment_name), processes.device, processes.world_size
+    batches = Batches(faces, config.batch_size, config.seed, device, stride, config.horizontal_flip)
+    log = RunLog(folder, state.step, state.history, config) if processes.is_main else NoLog()
+    return (Session if processes.is_main else Worker)(
+        config=config,
+        state=state,
+        diffusion=Diffusion(**about["diffusion"], device=device),
+        batches=batches,
+        forward=processes.distribute(state.model),
+        dtype=autocast_dtype(config.mixed_precision, device),
+        rank=processes.rank,
+        world_size=processes.world_size,
+        folder=folder,
+        about=about,
+        faces=faces,
+        processes=processes,
+        stop=stop,
+        lock=lock,
+        run_log=log,
+    )
 
 
 # What a run starts from --------------------------------------------------------------------------
