@@ -6,8 +6,6 @@ removing it step by step with one of the samplers. The network is always an argu
     t = 1 ... T       t = 0 ... T-1                   (B,)    the code's t is the paper's t - 1
     beta_t            betas                           (T,)    variance of the noise added at t
     alpha-bar_t       alphas_cumprod                  (T,)    share of x_0's variance left in x_t
-    beta-tilde_t      posterior_log_variance_clipped  (T,)    log variance of q(x_{t-1} | x_t, x_0)
-    eq. 7             posterior_mean_coef1            (T,)    weight of x_0 in its mean
     epsilon           eps                             as x_0  the noise, normal with unit variance
                       v                               as x_0  sqrt(abar) eps - sqrt(1 - abar) x_0
 
@@ -25,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from samplers import SAMPLERS, Level, Predict, check_sampler, make_posterior
+from samplers import SAMPLERS, Level, Predict, check_sampler
 
 # One generator for all images, or one for each.
 Generators = torch.Generator | Sequence[torch.Generator] | None
@@ -173,9 +171,6 @@ class Diffusion:
         self.device, self.dtype = torch.device(device), dtype
         betas = NOISE_SCHEDULES[noise_schedule](num_timesteps).clamp(max=0.999)
         alphas_cumprod = torch.cumprod(1 - betas, dim=0)
-        posterior = make_posterior(alphas_cumprod, F.pad(alphas_cumprod[:-1], (1, 0), value=1.0))
-        # The posterior's variance at t = 0 is 0, so the logarithm of the next one replaces it.
-        log_variance = torch.cat([posterior.variance[1:2], posterior.variance[1:]]).log()
 
         def table(values: Tensor) -> Tensor:
             return values.to(self.device, dtype)
@@ -184,8 +179,6 @@ class Diffusion:
         self.alphas_cumprod = table(alphas_cumprod)
         self.sqrt_alphas_cumprod = table(alphas_cumprod.sqrt())
         self.sqrt_one_minus_alphas_cumprod = table((1 - alphas_cumprod).sqrt())
-        self.posterior_log_variance_clipped = table(log_variance)
-        self.posterior_mean_coef1 = table(posterior.mean_coef1)
         self.schedule = alphas_cumprod  # float64, on the CPU: what samplers compute with
 
     def coefficients(self, t: Tensor) -> list[Tensor]:

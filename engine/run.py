@@ -158,7 +158,7 @@ class Session(Run):
             dtype=self.dtype,
             batch_size=min(self.config.batch_size, 50),  # a batch that fits in training fits here
         )
-        return {"held_out_loss": float(losses.loss.mean())}
+        return {"held_out_loss": float(losses.mean())}
 
     def grid(self, num_images: int, steps: int = GRID_STEPS) -> Tensor | None:
         """Images of the averaged weights, (num_images, 3, H, W) in [-1, 1], with the attributes of
