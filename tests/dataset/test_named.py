@@ -144,7 +144,7 @@ def test_a_data_set_is_downloaded_once_into_a_folder_that_is_said(monkeypatch, c
     assert len(load_faces("data", 64).images) == 24
 
 
-def test_a_failed_download_and_a_missing_package_are_one_line(monkeypatch):
+def test_a_failed_download_and_a_missing_package_are_one_line(monkeypatch, any_checksum):
     def fail(part):
         raise OSError("no route\nto host")
 
@@ -152,6 +152,11 @@ def test_a_failed_download_and_a_missing_package_are_one_line(monkeypatch):
     with pytest.raises(DataError, match="^data/mnist: mnist could not be .*no route to host") as e:
         load_faces("mnist", 8)
     one_line(e)
+    Path("data/svhn").mkdir(parents=True)
+    Path("data/svhn/train_32x32.mat").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    with pytest.raises(UsageError, match="svhn needs the package scipy. Fix: .*pip install scipy"):
+        load_faces("svhn", 8)
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UsageError, match="needs the package datasets. Fix: .*pip install datasets"):
         load_faces("hf:owner/name", 8)
