@@ -1,5 +1,5 @@
-"""Where text goes: a terminal, a file, a pipe, or nowhere. No run of days ends because nobody
-listens: what cannot be written is dropped, what a terminal cannot show is escaped."""
+"""Output to a terminal, a file, a pipe, or nowhere. A failed write never ends a run: text that
+cannot be written is dropped, and characters that a terminal cannot show are escaped."""
 
 import contextlib
 import io
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 
 class _Patient(io.FileIO):
-    """A file whose writes never fail: closed pipes and full disks swallow them."""
+    """A file whose writes never fail, even to a closed pipe or a full disk."""
 
     def write(self, data) -> int:
         with contextlib.suppress(OSError):
@@ -18,23 +18,23 @@ class _Patient(io.FileIO):
 
 
 def open_streams() -> None:
-    """Make stdout and stderr of a command such that no write to them fails, whatever they are."""
+    """Replace stdout and stderr of a command by streams whose writes never fail."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         stream = getattr(sys, name)
         try:
             os.fstat(number)
-        except OSError:  # closed: the next file that is opened would get its number, and our words
+        except OSError:  # closed: the next file to be opened would get this number, and our output
             os.open(os.devnull, os.O_RDWR)
         if name == "stdin" or stream not in (None, getattr(sys, f"__{name}__")):
             continue  # a notebook has its own streams
-        # Python found it closed at its start: if it is open now, it is somebody's file.
+        # None: it was closed when Python started. If the number is open now, it is another file.
         raw = _Patient(os.devnull if stream is None else number, "w", closefd=stream is None)
         encoding = getattr(stream, "encoding", None) or "utf-8"
         setattr(sys, name, io.TextIOWrapper(raw, encoding, "backslashreplace", write_through=True))
 
 
 def say(text: str, file=None) -> None:
-    """Print a line where somebody may read it; on stdout only rank 0 of several processes does."""
+    """Print a line; of several processes, only rank 0 prints to stdout."""
     if file is None and os.environ.get("RANK", "0") != "0":
         return
     with contextlib.suppress(OSError, ValueError):
@@ -42,12 +42,12 @@ def say(text: str, file=None) -> None:
 
 
 def warn(text: str) -> None:
-    """Say on stderr what is not as it should be, though it ends nothing."""
+    """Print a warning to stderr."""
     say(f"warning: {text}", sys.stderr)
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in GitHub's markdown: the first column to the left, the others to the right."""
+    """Return a markdown table: the first column is aligned left, the others right."""
     widths = [max(len(line[i]) for line in [columns, *rows]) for i in range(len(columns))]
 
     def line(cells: Sequence[str]) -> str:
