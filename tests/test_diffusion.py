@@ -64,7 +64,7 @@ def test_tables_are_float32_and_of_no_state_dict():
     assert not isinstance(d, nn.Module)
 
 
-@pytest.mark.parametrize("schedule", NOISE_SCHEDULES)
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
 @pytest.mark.parametrize("num_timesteps", [2, 50, 1000])
 def test_every_schedule_adds_noise_at_every_timestep_until_next_to_nothing_is_left(
     schedule, num_timesteps
