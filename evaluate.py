@@ -28,8 +28,7 @@ from metrics import copies, held_out_loss, measure_distances, nearest_pixels, ne
 from sample import describe
 from samplers import check_sampler
 from system import flags
-from system.cpu import keep_freed_memory
-from system.device import DEVICES, find_device
+from system.device import DEVICES, find_device, set_up_generation
 from system.errors import DataError, UsageError
 from system.files import check_writable, save_json
 from system.flags import check_ranges, constant
@@ -66,7 +65,7 @@ class EvaluateConfig:
 def evaluate(config: EvaluateConfig) -> Path:
     """Measure what the config says. Returns the path of the JSON file. Raises UserError."""
     check_config(config)
-    keep_freed_memory()
+    set_up_generation()
     with Processes(find_device(config.device)) as processes:
         return evaluate_with(config, processes)
 

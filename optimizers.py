@@ -1,8 +1,8 @@
 """What turns gradients into steps: AdamW, and Muon, which needs far fewer steps.
 
 Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): the step of a matrix of weights is its
-averaged gradient made orthogonal, so that all directions in which the matrix works are learned at
-the same pace, not the strongest first.
+averaged gradient made orthogonal, so that the network learns all directions of a matrix at the same
+pace, not the strongest first.
 """
 
 from collections.abc import Iterable, Sequence
@@ -10,50 +10,46 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-OPTIMIZERS = ("adamw", "muon")
+from system import cpu
+
 MOMENTUM = 0.95
+COEFFICIENTS = 3.4445, -4.7750, 2.0315  # of the Newton-Schulz iteration, Jordan et al. 2024
 
 
-def make_optimizer(name: str, model: nn.Module, lr: float, dtype: torch.dtype):
-    """The optimiser of this name for a network. dtype: of Muon's matrix products."""
-    if name == "muon":
-        return Muon(*split_parameters(model), lr=lr, dtype=dtype)
-    assert name == "adamw", f"optimizer is {name!r}, not one of {OPTIMIZERS}"
-    return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
+# Muon's step --------------------------------------------------------------------------------------
 
 
 def orthogonal(matrices: Sequence[Tensor], dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """Of each matrix U S V^T roughly U V^T: the singular values all between 0.7 and 1.2.
+    """For each matrix U S V^T roughly U V^T: all singular values between 0.7 and 1.2.
 
-    Five steps of a Newton-Schulz iteration, x <- q x with q = a + b x x^T + c (x x^T)^2, with the
-    coefficients of Jordan et al. 2024. dtype: to compute in. Returns the dtypes given."""
-    a, b, c = 3.4445, -4.7750, 2.0315
+    matrices: of one dtype, which the results have; dtype: to compute in."""
     wide = [x if x.shape[0] <= x.shape[1] else x.T for x in matrices]  # x x^T: the smaller product
-    wide = [x.to(dtype) / (x.to(dtype).norm() + 1e-7) for x in wide]
     if wide and wide[0].device.type == "cpu" and dtype != torch.bfloat16:
-        # All q are polynomials of the first x x^T and commute: the next x x^T is q (x x^T) q, and
-        # only the product of all q meets x. Far fewer products, if exact ones (a GPU's are TF32),
-        # and small ones: those of all matrices with as many rows are one call.
-        products = {}
-        for rows in {len(x) for x in wide}:
-            places = [i for i, x in enumerate(wide) if len(x) == rows]
-            gram = torch.stack([wide[i] @ wide[i].T for i in places])  # (matrices, rows, rows)
-            product = None
-            for step in range(5):
-                q = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-                q.diagonal(dim1=1, dim2=2).add_(a)
-                product = q @ product if step else q
-                gram = q @ gram @ q if step < 4 else gram
-            products |= zip(places, product, strict=True)
-        wide = [products[i] @ x for i, x in enumerate(wide)]
+        wide = [x.to(dtype) / (x.to(dtype).norm() + 1e-7) for x in wide]
+        wide = [x.to(matrices[0].dtype) for x in cpu.newton_schulz(wide, *COEFFICIENTS)]
     else:
-        for i, x in enumerate(wide):
-            for _ in range(5):
-                gram = x @ x.T
-                x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-            wide[i] = x
+        wide = newton_schulz(wide, dtype)
     pairs = zip(wide, matrices, strict=True)
-    return [(x if x.shape == given.shape else x.T).to(given.dtype) for x, given in pairs]
+    return [x if x.shape == given.shape else x.T for x, given in pairs]
+
+
+def newton_schulz(matrices: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Five times x <- (a + b x x^T + c (x x^T)^2) x, from each matrix divided by its norm.
+
+    Matrices of the same shape are one stack: the default network has 130 matrices of 23 shapes, and
+    a GPU would wait for the launches of single small products. dtype: to compute in."""
+    a, b, c = COEFFICIENTS
+    results = list(matrices)
+    for shape in dict.fromkeys(x.shape for x in matrices):
+        places = [i for i, x in enumerate(matrices) if x.shape == shape]
+        x = torch.stack([matrices[i] for i in places]).to(dtype)  # (matrices, rows, columns)
+        x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+        for _ in range(5):
+            gram = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        for i, one in zip(places, x.to(matrices[0].dtype), strict=True):
+            results[i] = one
+    return results
 
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -87,24 +83,53 @@ class Muon(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure=None) -> None:
         """One update of all weights, from their gradients."""
-        # A tensor, 1 where GradScaler found a gradient that is not finite: a GPU is not waited for.
+        # A tensor, 1 if GradScaler found a gradient that is not finite; a GPU is not waited for.
         found = getattr(self, "found_inf", None)
-        if found is not None and found.device.type == "cpu" and not found:
+        if found is not None and found.device.type == "cpu":
+            if found:
+                return
             found = None
-        group = self.param_groups[1]
+        others, matrices = self.param_groups
+        self._step_matrices(matrices, found)
+        self.param_groups = [others]
+        super().step()  # AdamW's, of the groups that it has now
+        self.param_groups = [others, matrices]
+
+    def _step_matrices(self, group: dict, found: Tensor | None) -> None:
         weights = [weight for weight in group["params"] if weight.grad is not None]
-        averages, keep = [], 1.0 if found is None else 1.0 - found
         for weight in weights:
-            gradient, state = weight.grad, self.state[weight]
-            if found is not None:
-                gradient = torch.where(found > 0, 0.0, gradient)
-            if not state:  # named as AdamW's, which loads it
-                state["step"] = torch.zeros(())
-                state["exp_avg"] = torch.zeros_like(weight)
-            momentum = state["exp_avg"].lerp_(gradient, (1 - MOMENTUM) * keep)
-            averages.append(gradient.lerp(momentum, MOMENTUM).flatten(1))
-        for weight, direction in zip(weights, orthogonal(averages, self.dtype), strict=True):
-            scale = 0.2 * max(direction.shape) ** 0.5 * group["lr"] * keep
-            weight.sub_(scale * direction.view_as(weight))
-            weight.grad = None  # AdamW leaves out what has no gradient
-        super().step()
+            if not self.state[weight]:  # named as AdamW's, which loads it
+                self.state[weight]["step"] = torch.zeros((), device=weight.device)
+                self.state[weight]["exp_avg"] = torch.zeros_like(weight)
+        gradients = [weight.grad for weight in weights]
+        momenta = [self.state[weight]["exp_avg"] for weight in weights]
+        if found is not None:  # then the momentum stays, and so do the weights, below
+            pairs, skip = zip(momenta, gradients, strict=True), found > 0
+            gradients = [torch.where(skip, old, new) for old, new in pairs]
+        torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
+        averages = torch._foreach_lerp(gradients, momenta, MOMENTUM)
+        directions = orthogonal([average.flatten(1) for average in averages], self.dtype)
+        scales = [0.2 * max(direction.shape) ** 0.5 * group["lr"] for direction in directions]
+        torch._foreach_mul_(directions, scales)
+        if found is not None:
+            torch._foreach_mul_(directions, 1.0 - found)
+        pairs = zip(directions, weights, strict=True)
+        torch._foreach_sub_(weights, [step.view_as(weight) for step, weight in pairs])
+
+
+# By name ------------------------------------------------------------------------------------------
+
+
+def adamw(model: nn.Module, lr: float, dtype: torch.dtype) -> torch.optim.Optimizer:
+    """AdamW without weight decay."""
+    return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
+
+
+def muon(model: nn.Module, lr: float, dtype: torch.dtype) -> torch.optim.Optimizer:
+    """Muon for the network's matrices, AdamW for the rest."""
+    return Muon(*split_parameters(model), lr=lr, dtype=dtype)
+
+
+# The choices of --optimizer: (network, learning rate, dtype of matrix products) -> optimiser. Each
+# has `_step_supports_amp_scaling`, without which GradScaler waits for the device at every step.
+OPTIMIZERS = {"adamw": adamw, "muon": muon}

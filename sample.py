@@ -28,8 +28,7 @@ from editing import between, edit_loop, encode, noise_of, read_image, read_mask
 from generate import Trained, add_guide, check_finite, generate, load_trained, sample_loop
 from samplers import SAMPLERS, check_sampler, is_deterministic
 from system import flags
-from system.cpu import keep_freed_memory
-from system.device import DEVICES, find_device
+from system.device import DEVICES, find_device, set_up_generation
 from system.errors import UsageError
 from system.files import check_writable
 from system.flags import check_ranges, constant
@@ -76,7 +75,7 @@ class SampleConfig:
 def sample(config: SampleConfig) -> Path:
     """Generate and save what the config says. Returns the path. Raises UserError."""
     check_config(config)
-    keep_freed_memory()
+    set_up_generation()
     with Processes(find_device(config.device)) as processes:
         return sample_with(config, processes)
 

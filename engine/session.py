@@ -267,12 +267,13 @@ def rehearse(run: Session) -> None:
 
 
 def prepare_network(run: Session, loss: Callable[[Run, int], Tensor]) -> None:
-    """Compile the network on a GPU; make a distributed one ready. Raises ResourceError."""
+    """Compile the network on a GPU, if a compiler is there; make a distributed one ready."""
     micro_batches = run.config.gradient_accumulation_steps * run.world_size
-    number = run.state.step * micro_batches + run.rank
+    number, seconds = run.state.step * micro_batches + run.rank, None
     if run.config.compile and run.diffusion.device.type == "cuda":
         say("compiling the network, which takes a minute or two; --no_compile skips it")
         seconds = compile_network(run.forward, lambda: loss(run, number))
+    if seconds is not None:
         say(f"compiled in {seconds:.0f} s")
     elif run.world_size > 1:
         # After its first exchange DDP reorders the gradients, and sums round differently. Do that

@@ -8,7 +8,7 @@ import torch
 
 from diffusion import Diffusion
 from ema import EMA
-from optimizers import make_optimizer
+from optimizers import OPTIMIZERS
 from system.device import autocast_dtype
 from system.terminal import warn
 from unet import UNet
@@ -68,9 +68,10 @@ def make_state(config: Any, device: torch.device, unet: dict) -> State:
         init_scale=2.0**16 if fp16 else 1.0,
         growth_interval=2000 if fp16 else 2**31 - 1,
     )
-    on_cpu = device.type == "cpu"  # Muon needs fewer products there in float32, and is faster
-    dtype = torch.bfloat16 if half == torch.bfloat16 and not on_cpu else torch.float32
-    optimizer = make_optimizer(config.optimizer, model, config.learning_rate, dtype)
+    # Muon's products are in bfloat16 on a GPU that has it, whatever the network computes in.
+    ampere = device.type == "cuda" and autocast_dtype("bf16", device) == torch.bfloat16
+    muon_dtype = torch.bfloat16 if ampere else torch.float32
+    optimizer = OPTIMIZERS[config.optimizer](model, config.learning_rate, muon_dtype)
     return State(model, EMA(model, config.ema_decay), optimizer, scaler)
 
 

@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -56,6 +56,27 @@ def upsample(x: Tensor, conv: nn.Conv2d) -> Tensor:
     weight = F.avg_pool2d(weight, 2, stride=1, divisor_override=1).transpose(0, 1)
     # The bias is added separately: inside, its gradient makes the backward 1.4 times as long.
     return F.conv_transpose2d(x, weight, stride=2, padding=1).add_(conv.bias[:, None, None])
+
+
+def newton_schulz(matrices: Sequence[Tensor], a: float, b: float, c: float) -> list[Tensor]:
+    """Five times x <- q x with q = a + b x x^T + c (x x^T)^2, of wide matrices in full precision.
+
+    All q are polynomials of the first x x^T and commute: the next x x^T is q (x x^T) q, and only
+    the product of all q meets x. These are far fewer products, and small ones, so those of all
+    matrices with as many rows are one call. They must be exact, which a GPU's TF32 is not."""
+    results = list(matrices)
+    for rows in {len(x) for x in matrices}:
+        places = [i for i, x in enumerate(matrices) if len(x) == rows]
+        gram = torch.stack([matrices[i] @ matrices[i].T for i in places])  # (count, rows, rows)
+        product = None
+        for step in range(5):
+            q = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+            q.diagonal(dim1=1, dim2=2).add_(a)
+            product = q @ product if step else q
+            gram = q @ gram @ q if step < 4 else gram
+        for i, one in zip(places, product, strict=True):
+            results[i] = one @ matrices[i]
+    return results
 
 
 def column_sums(rows: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
-"""Muon against the singular value decomposition, and as an optimiser that can be resumed."""
+"""Muon against the singular value decomposition and the published rule, and as an optimiser that
+can be resumed."""
 
 import copy
 import math
@@ -7,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from optimizers import MOMENTUM, Muon, make_optimizer, orthogonal, split_parameters
+from optimizers import MOMENTUM, OPTIMIZERS, Muon, newton_schulz, orthogonal, split_parameters
 from unet import UNet
 
 
@@ -43,16 +44,19 @@ def test_orthogonal_keeps_the_singular_vectors_and_makes_the_values_alike(shape)
 @pytest.mark.parametrize("shape", [(96, 864), (864, 96), (128, 128)])
 @pytest.mark.parametrize("rank, smallest", [(96, 1e-6), (3, 1.0), (1, 1.0)])
 def test_orthogonal_is_the_iteration_as_it_is_written(shape, rank, smallest):
-    """Where singular values are all alike, tiny or zero, too, as a batch of few images gives."""
+    """Also if singular values are alike, tiny or zero, as for a batch of few images; on a CPU, in
+    the form for full precision, and in the form for GPUs, in which equal shapes are one stack."""
     generator = torch.Generator().manual_seed(0)
     sides = [torch.randn(side, rank, generator=generator).double() for side in shape]
     u, v = (torch.linalg.qr(side).Q for side in sides)
     matrix = u * torch.logspace(0, math.log10(smallest), rank, dtype=torch.float64) @ v.T
-    x = matrix if shape[0] <= shape[1] else matrix.T
-    x = x / x.norm()
+    wide = matrix if shape[0] <= shape[1] else matrix.T
+    x = wide / wide.norm()
     for _ in range(5):
         gram = x @ x.T
         x = 3.4445 * x - 4.7750 * gram @ x + 2.0315 * gram @ gram @ x
+    for batched in newton_schulz([wide, wide * 7], torch.float64):
+        torch.testing.assert_close(batched, x, rtol=0, atol=1e-6)  # of the 1e-7 beside the norm
     expected = x if shape[0] <= shape[1] else x.T
     found = orthogonal([matrix.float() * 1e-4])[0].double()
     assert (found - expected).norm() < 1e-2 * expected.norm()
@@ -111,7 +115,7 @@ def test_steps_are_those_of_the_published_rule():
 def test_vectors_and_ends_are_learned_as_by_adamw():
     models = [small_network(), small_network()]
     optimizers = [
-        make_optimizer(name, model, 1e-3, torch.float32)
+        OPTIMIZERS[name](model, 1e-3, torch.float32)
         for name, model in zip(("muon", "adamw"), models, strict=True)
     ]
     for step in range(3):
@@ -127,7 +131,7 @@ def test_vectors_and_ends_are_learned_as_by_adamw():
 
 def test_saved_and_loaded_it_goes_on_as_it_would_have():
     models = [small_network(), small_network()]
-    first, second = (make_optimizer("muon", model, 1e-3, torch.float32) for model in models)
+    first, second = (OPTIMIZERS["muon"](model, 1e-3, torch.float32) for model in models)
     for step in range(2):
         give_gradients(models[0], step)
         first.step()
@@ -140,9 +144,10 @@ def test_saved_and_loaded_it_goes_on_as_it_would_have():
         assert torch.equal(ours, theirs)
 
 
-def test_gradient_that_is_not_finite_changes_nothing():
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_gradient_that_is_not_finite_changes_nothing(name):
     model = small_network()
-    optimizer = make_optimizer("muon", model, 1e-3, torch.float32)
+    optimizer = OPTIMIZERS[name](model, 1e-3, torch.float32)
     scaler = torch.amp.GradScaler("cpu", init_scale=1.0, growth_interval=2**31 - 1)
     give_gradients(model, 0)
     model.middle_block1.conv1.weight.grad[0, 0, 0, 0] = torch.nan
@@ -155,3 +160,20 @@ def test_gradient_that_is_not_finite_changes_nothing():
         assert torch.equal(parameter, kept)
     for state in optimizer.state.values():
         assert all(torch.isfinite(value).all() for value in state.values())
+
+
+def test_a_gpu_skips_an_update_without_being_asked():
+    """What is not finite is known to the device only, so the step is computed, and is zero."""
+    models = [small_network(), small_network()]
+    first, second = (OPTIMIZERS["muon"](model, 1e-3, torch.float32) for model in models)
+    with torch.no_grad():
+        for step, found in enumerate([0.0, 1.0, 0.0]):
+            for model in models:
+                give_gradients(model, step)
+            if found:
+                models[1].middle_block1.conv1.weight.grad.fill_(torch.nan)
+            else:
+                first._step_matrices(first.param_groups[1], None)
+            second._step_matrices(second.param_groups[1], torch.tensor(found))
+    for ours, theirs in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(ours, theirs)
