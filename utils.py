@@ -234,11 +234,6 @@ def reading(path: Path, fix: str) -> Iterator[None]:
         raise CheckpointError(path, what, fix) from error
 
 
-def plain_keys(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict without the prefixes that DistributedDataParallel and torch.compile add."""
-    return {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in weights.items()}
-
-
 # Images -------------------------------------------------------------------------------------------
 
 

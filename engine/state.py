@@ -12,7 +12,6 @@ from optimizers import OPTIMIZERS
 from system.device import autocast_dtype
 from system.terminal import warn
 from unet import UNet
-from utils import plain_keys
 
 
 @dataclass
@@ -39,9 +38,8 @@ class State:
 
     def load_state_dict(self, saved: dict) -> None:
         """Load a saved state. Raises an exception of some kind if it does not fit."""
-        self.model.load_state_dict(plain_keys(saved["model"]))
-        ema = saved["ema"]
-        self.ema.load_state_dict({**ema, "model": plain_keys(ema["model"])})
+        self.model.load_state_dict(saved["model"])
+        self.ema.load_state_dict(saved["ema"])
         self.optimizer.load_state_dict(saved["optimizer"])
         for weight, moments in self.optimizer.state.items():  # fused kernels do not check
             if any(each.shape not in ((), weight.shape) for each in moments.values()):

@@ -111,8 +111,9 @@ def diffusers_obstacle(unet: UNet, prediction: str) -> str:
     return f"prediction: it does not know {prediction!r}" if unknown else ""
 
 
-def scheduler_config(num_timesteps: int, noise_schedule: str, prediction: str) -> dict:
-    """diffusers' configuration of a scheduler, from the arguments of `Diffusion`."""
+def scheduler_config(num_timesteps: int, noise_schedule: str, prediction: str, **_) -> dict:
+    """diffusers' configuration of a scheduler, from the arguments of `Diffusion`; those that only
+    training uses are left out."""
     betas = Diffusion(num_timesteps, noise_schedule, dtype=torch.float64).betas
     config = dict(num_train_timesteps=num_timesteps, beta_schedule="squaredcos_cap_v2")
     if not torch.allclose(scheduler_betas(config), betas, rtol=1e-9, atol=0):

@@ -2,6 +2,7 @@
 checked before memory is used."""
 
 import json
+import re
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,6 @@ from torch import Tensor
 
 from system.errors import CheckpointError
 from system.files import write_atomically
-from utils import plain_keys
 
 MAX_JSON = 1 << 20  # bytes
 
@@ -99,3 +99,8 @@ def load_weights(
         if not torch.isfinite(tensor).all():
             raise CheckpointError(path, f"its {name} is not finite", "take other weights")
     return weights
+
+
+def plain_keys(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict without the prefixes that DistributedDataParallel and torch.compile add."""
+    return {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in weights.items()}

@@ -17,7 +17,6 @@ from utils import (
     list_checkpoints,
     load_checkpoint,
     load_newest_checkpoint,
-    plain_keys,
     reading,
 )
 
@@ -42,8 +41,7 @@ class Saved(NamedTuple):
         """What the contents of a checkpoint are. Raises CheckpointError if a part is missing."""
         with reading(path, "use another checkpoint"):
             about = [contents[name] for name in ("unet", "diffusion", "settings", "step")]
-            model, ema = plain_keys(contents["model"]), plain_keys(contents["ema"]["model"])
-            return cls(path, *about, model, ema, contents)
+            return cls(path, *about, contents["model"], contents["ema"]["model"], contents)
 
 
 # Finding and reading -----------------------------------------------------------------------------

@@ -153,8 +153,8 @@ def given(cls: type, args: Sequence[str]) -> frozenset[str]:
     return frozenset(about.name for about in fields(cls) if about.name in names)
 
 
-def _groups(default: Any, first: list) -> dict[str, list]:
-    """The fields of a dataclass by the comment above them, with `first` in front."""
+def _groups(default: Any, switches: list) -> dict[str, list]:
+    """The fields of a dataclass by the comment above them, with `switches` in front."""
     groups: dict[str, list] = {}
     title, types = "Options", {about.name: about.type for about in fields(default)}
     pattern = r"^    (?:# (\w+)|(\w+): .*?  # (.*))$"
@@ -162,7 +162,9 @@ def _groups(default: Any, first: list) -> dict[str, list]:
         title = heading or title
         if name:
             flag = _flag(name, types[name], text, getattr(default, name))
-            groups.setdefault(title, first if not groups else []).append(flag)
+            groups.setdefault(title, [] if groups else [*switches]).append(flag)
+    found = sum(map(len, groups.values())) - len(switches)
+    assert found == len(types), "a field lacks its comment, or takes more than one line"
     return groups
 
 
