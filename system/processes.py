@@ -26,9 +26,8 @@ GRACE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # seconds between torchrun's SIGTERM a
 
 
 class Processes(contextlib.AbstractContextManager):
-    """The processes of one run, seen from one of them: a context manager around the run.
-
-    Raises UsageError for more processes than GPUs, ResourceError if the others do not come."""
+    """The processes of one run, seen from one of them: a context manager around the run. Raises
+    UsageError for more processes than GPUs, ResourceError if the other processes do not come."""
 
     runs = 0  # that this process has begun
 
@@ -128,10 +127,9 @@ class Processes(contextlib.AbstractContextManager):
 
     def check_grace(self, seconds: float) -> None:
         """Print a note if a step and a save take so many seconds that torchrun would kill them."""
-        grace = int(os.environ.get(GRACE, 30))
-        if "TORCHELASTIC_RUN_ID" in os.environ and seconds > grace:
-            text = f"note: a step and a save take {seconds:.0f} s, but torchrun kills a process"
-            say(f"{text} {grace} s after SIGTERM. Fix: set {GRACE}={2 * seconds:.0f}")
+        if "TORCHELASTIC_RUN_ID" in os.environ and seconds > int(os.environ.get(GRACE, 30)):
+            longer = f"a step and a save take {seconds:.0f} s, longer than torchrun waits"
+            say(f"note: {longer} after SIGTERM. Fix: set {GRACE}={2 * seconds:.0f}")
 
     def distribute(self, model: nn.Module) -> nn.Module:
         """The model as a step calls it: its gradients are averaged over the processes."""

@@ -48,8 +48,12 @@ def in_step(after: int, rank: int, act) -> None:
 
     def distribute(self, model):
         if self.rank == rank:
-            model.register_forward_pre_hook(lambda *_: act() if step[0] == after else None)
+            model.register_forward_pre_hook(before)
         return real_distribute(self, model)
+
+    def before(*_):
+        if step[0] == after:
+            act()
 
     Processes.stop_after, Processes.distribute = stop_after, distribute
 

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from conftest import ROOT, TINY, as_flags, needs_posix, tensors_equal, tiny, write_pictures
 from moments import appears, die, in_exchange, in_sampling, in_save, in_step, pause
 
+from engine.log import RunLog
 from sample import SampleConfig, sample
 from system import flags
 from system.errors import DataError, OtherFailed, UsageError
@@ -96,6 +97,7 @@ def fork(count: int, work, folders=None, **variables) -> list[int]:
             os.environ.update({k: str(v) for k, v in (variables | mine).items()})
             os.chdir(folders[rank] if folders else ".")
             torch.set_num_threads(1)
+            RunLog.plot_loss = lambda self: None  # half of a tiny run's time
             flags.run(lambda rank=rank: work(rank))
             code = 0
         except SystemExit as stop:
@@ -368,7 +370,9 @@ if {importing!r} == rank:
     die()
 sys.path[:0] = [{root!r}, {root!r} + "/tests/system"]
 import moments, train
+from engine.log import RunLog
 from system import flags
+RunLog.plot_loss = lambda self: None
 {body}
 flags.run(train.main)
 """
