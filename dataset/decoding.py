@@ -131,7 +131,7 @@ def _check_tiff(image: Image.Image, data: bytes) -> None:
         return
     if compression != TIFF_JPEG and compression not in TIFF_DEFLATE:
         name = image.info.get("compression", compression)
-        raise ValueError(f"TIFF with {name} compression, whose damage goes unnoticed")
+        raise ValueError(f"TIFF with {name} compression, in which damage goes unnoticed")
     for offset, size in zip(offsets, sizes, strict=True):
         part = data[offset : offset + size]
         if compression in TIFF_DEFLATE:

@@ -106,10 +106,9 @@ def image_files(files: Files) -> Source:
     from CelebA's lists, or else from the files' own classes and split, or from the names of their
     folders. Raises DataError."""
     names = [name for name in files.names if not celeba.is_list(name)]
-    left_out = Counter(
-        os.path.splitext(name)[1].lower() or "without suffix" for name in files.others
-    )
-    left_out = ", ".join(f"{count:,} {suffix}" for suffix, count in left_out.most_common(8))
+    suffixes = (os.path.splitext(name)[1].lower() for name in files.others)
+    kinds = Counter(suffix or "without suffix" for suffix in suffixes).most_common(8)
+    left_out = ", ".join(f"{count:,} {kind}" for kind, count in kinds)
     if not names:
         what = f"holds no images{left_out and f', only {left_out}'}"
         raise DataError(files.where, what, f"put some there: {', '.join(SUFFIXES)}")
@@ -121,9 +120,8 @@ def image_files(files: Files) -> Source:
         attribute_names = attribute_table.columns
         attributes = partial(attribute_table.values, stems, allowed=(-1, 1))
     else:
-        classes, labels = files.classes, files.labels
-        if labels is None:
-            classes, labels = find_classes(names)
+        known = files.labels is not None
+        classes, labels = (files.classes, files.labels) if known else find_classes(names)
         if len(classes) > 1:
             attribute_names, attributes = classes, partial(one_of, classes, labels)
 

@@ -204,7 +204,7 @@ def test_a_killed_download_is_not_taken_for_the_data(monkeypatch):
 def test_the_default_folder_absent_or_empty_gets_celeba_from_kaggle(there, monkeypatch):
     kaggle(monkeypatch, make_kaggle)
     if there:
-        Path("data").mkdir()
+        Path("data/cifar10").mkdir(parents=True)  # a data set that is known by name
         Path("data/.DS_Store").touch()
     assert_is_celeba("data")
     kaggle(monkeypatch, lambda *_, **__: pytest.fail("downloaded twice"))

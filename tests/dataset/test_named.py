@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torchvision
-from made import empty_folder, jpeg, make_celeba, one_line  # noqa: F401
+from made import empty_folder, jpeg, one_line  # noqa: F401
 
 from dataset.decoding import decode_face
 from dataset.faces import load_faces
@@ -140,8 +140,6 @@ def test_a_data_set_is_downloaded_once_into_a_folder_that_is_said(monkeypatch, c
     assert "data/mnist: downloading MNIST" in capsys.readouterr().out
     monkeypatch.setattr(torchvision.datasets.MNIST, "download", None)
     assert load_faces("mnist", 8).key == first.key
-    make_celeba(Path("data"))  # the data sets in data/ are not CelebA's
-    assert len(load_faces("data", 64).images) == 24
 
 
 def test_a_failed_download_and_a_missing_package_are_one_line(monkeypatch, any_checksum):
