@@ -74,6 +74,6 @@ class Interrupted(BaseException):
 
 
 class OtherFailed(BaseException):
-    """Another process of the run has failed and says why; this one ends without a word."""
+    """Another process of the run prints the error; this one exits without a message."""
 
     exit_code = 5
