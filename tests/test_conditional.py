@@ -10,8 +10,8 @@ from convert import ConvertConfig, convert
 from dataset import faces as dataset
 from dataset import sources
 from dataset.faces import drop_attributes, load_faces
-from generate import draw_attributes, generate, load_trained, sheet_rows
-from sample import SampleConfig, sample
+from generate import draw_attributes, generate, load_trained
+from sample import SampleConfig, sample, sheet
 from samplers import SAMPLERS
 from system.errors import CheckpointError, UsageError
 from train import Config, check_config, train
@@ -82,9 +82,10 @@ def test_resumed_conditional_run_equals_uninterrupted_run(run):
 
 
 def test_a_sheet_asks_for_each_attribute_by_itself():
-    labels, rows = sheet_rows(ASKED)
+    labels, numbers, rows = sheet(ASKED, columns=2)
     assert labels == ["Smiling", "not Smiling", "Eyeglasses", "not Eyeglasses"]
-    assert rows.tolist() == [[1, 0], [-1, 0], [0, 1], [0, -1]]
+    assert rows[::2].tolist() == rows[1::2].tolist() == [[1, 0], [-1, 0], [0, 1], [0, -1]]
+    assert numbers == [0, 1] * 4
 
 
 def test_grids_of_a_run_are_of_the_attributes_of_training_faces():
@@ -218,7 +219,7 @@ def test_attributes_of_images_that_have_none_are_refused(here):
 @pytest.mark.parametrize(
     "options, text",
     [
-        ({"condition": ("Male",)}, "has not learned Male.*Smiling, Eyeglasses"),
+        ({"condition": ("Male",)}, "--condition: no attribute Male.*Smiling, Eyeglasses"),
         ({"condition": ("Smiling=2",)}, "--condition.*Smiling=2"),
         ({"guidance": 2.0}, "--guidance"),
         ({"guidance": -1.0, "condition": ("Smiling",)}, "--guidance"),
@@ -228,6 +229,24 @@ def test_bad_flags_in_sampling_are_one_line(run, options, text):
     with pytest.raises(UsageError, match=text):
         sample(SampleConfig("run", num_images=2, steps=2, out="no.png", **options))
     assert not dataset.Path("no.png").exists()
+
+
+def test_folders_of_classes_train_a_network_that_is_asked_for_one_of_them(tmp_path):
+    for number, name in enumerate(("lily", "rose", "tulip")):
+        (tmp_path / "flowers" / "train" / name).mkdir(parents=True)
+        (tmp_path / "flowers" / "test" / name).mkdir(parents=True)
+        for i in range(4):
+            image = Image.new("RGB", (8, 8), (80 * number, 20 * i, 99))
+            part = "test" if i == 3 else "train"
+            image.save(tmp_path / "flowers" / part / name / f"{i}.png")
+    folder = train(conditional(path_to_data="flowers", attributes=("all",), experiment_name="run"))
+    trained = load_trained(folder)
+    assert tuple(trained.attribute_names) == ("lily", "rose", "tulip")
+    assert trained.settings["faces"].startswith("9 faces") and trained.settings["crop"] == "square"
+    assert {tuple(row) for row in trained.usual_attributes.tolist()} == {
+        (1, -1, -1), (-1, 1, -1), (-1, -1, 1)
+    }  # fmt: skip
+    assert sample(SampleConfig("run", 2, steps=2, condition=("ROSE",), out="rose.png")).exists()
 
 
 def test_each_attribute_is_asked_for_once():
