@@ -51,7 +51,7 @@ def open_torchvision(name: str) -> Files:
     paths = [Path(base, file) for base, _, files in os.walk(folder) for file in files]
     stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(paths)]
     first = len(labels) - len(parts[-1])
-    return _number(folder, parts, lambda part, i: part[i][0], first, stats, titles, labels)
+    return _number(folder, parts, lambda part, i: part[i][0], first, stats, (titles, labels))
 
 
 def _open_part(kind: str, folder: Path, options: dict) -> Any:
@@ -72,17 +72,11 @@ def _missing(name: str, package: str | None) -> UsageError:
 
 
 def _number(
-    where: Path,
-    parts: Sequence[Any],
-    get: Callable[[Any, int], Any],
-    trained: int,
-    listing: object,
-    titles: Sequence[str],
-    labels: np.ndarray | None,
+    where: Path, parts: Sequence, get: Callable, trained: int, listing: object, classes: tuple
 ) -> Files:
     """The files 0, 1, ... of all parts one after another, of which the first are trained on.
 
-    get: an image of a part; titles: names of the classes, in flags without spaces."""
+    get: an image of a part; classes: their names, in flags without spaces, and the labels."""
     starts = np.cumsum([0, *map(len, parts)])
     numbers = np.arange(starts[-1])
 
@@ -90,9 +84,9 @@ def _number(
         part = np.searchsorted(starts, int(name), side="right") - 1
         return get(parts[part], int(name) - int(starts[part]))
 
-    classes = [title.replace(" ", "_") for title in titles]
+    titles = [title.replace(" ", "_") for title in classes[0]]
     held_out = numbers >= trained if 0 < trained < len(numbers) else None
-    about = dict(classes=classes, labels=labels, held_out=held_out)
+    about = dict(classes=titles, labels=classes[1], held_out=held_out)
     return Files(where, [str(number) for number in numbers], read, repr(listing), **about)
 
 
@@ -139,7 +133,7 @@ def open_hub(path: str) -> Files:
         cell = part[number][column]
         return cell["bytes"] or Path(cell["path"]).read_bytes()
 
-    return _number(Path(path), images, get, trained, listing, *_find_labels(parts))
+    return _number(Path(path), images, get, trained, listing, _find_labels(parts))
 
 
 def _holds_images(kind: Any) -> bool:
