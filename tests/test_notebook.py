@@ -72,7 +72,7 @@ def test_tour_proves_that_the_resumed_run_is_equal(run):
 
 def test_tour_switches_to_celeba_by_one_constant(run):
     said = "\n".join(text_of(cell) for cell in run[1].cells if cell.cell_type == "code")
-    assert "61 faces (3 held out), 8x8, from data" in said
+    assert "61 faces (3 held out), 8x8, CelebA's crop, from data" in said
 
 
 def test_committed_tour_is_one_clean_run():
