@@ -143,8 +143,8 @@ class RunLog:
                 warn(f"{self.folder}: {what} is not written ({reason}); the training goes on")
             self.failed.add(what)
 
-    @contextlib.contextmanager
-    def _tensorboard(self) -> Iterator:
+    def _to_tensorboard(self, write: Callable) -> None:
+        """Let `write` add something to TensorBoard's file, which the first call opens."""
         with self._may_fail("TensorBoard's file"):
             if self.writer is None:
                 from torch.utils.tensorboard import SummaryWriter  # slow to import
@@ -155,21 +155,26 @@ class RunLog:
                 if self.config:
                     rows = [f"    {name}: {value}" for name, value in asdict(self.config).items()]
                     self.writer.add_text("constants", "\n".join(rows), self.step)
-            yield self.writer
+            write(self.writer)
             self.writer.flush()
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Log the numbers of a step."""
-        with self._tensorboard() as writer:
+
+        def write(writer) -> None:
             for name, value in values.items():
                 writer.add_scalar(name, value, step)
+
+        self._to_tensorboard(write)
 
     def images(self, step: int, grid: Image.Image) -> None:
         """Log a grid, and save it as samples/step_XXXXXXXX.png."""
         with self._may_fail("samples/"):
             save_image(grid, self.folder / "samples" / f"step_{step:08d}.png")
-        with self._tensorboard() as writer:
-            writer.add_image("samples", np.asarray(grid), step, dataformats="HWC")
+        pixels = np.asarray(grid)
+        self._to_tensorboard(
+            lambda writer: writer.add_image("samples", pixels, step, dataformats="HWC")
+        )
 
     def plot_loss(self) -> None:
         """Plot the losses so far as loss.png."""
