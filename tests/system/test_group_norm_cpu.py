@@ -1,4 +1,4 @@
-"""The CPU's fast paths against PyTorch's own layers and float64: speed leaves no mark."""
+"""The fast paths of a CPU against PyTorch's own layers and float64."""
 
 import copy
 

@@ -1,7 +1,6 @@
-"""Linux, macOS and Windows: nothing that one of them lacks is used. Windows is played here, by
-taking away what it does not have."""
+"""Linux, macOS and Windows: nothing is used that one of them lacks. Windows is mocked: what it
+lacks is taken away."""
 
-import ast
 import builtins
 import os
 import re
@@ -16,25 +15,25 @@ import torch
 from conftest import ROOT, TINY, as_flags, assert_error, run_script, tiny
 
 import sample
-import train as train_module
-from system import files, threads
+from engine import session
+from system import cpu, files
 from system.device import autocast_dtype, find_device, precision_note
 from system.errors import UsageError
 from train import train
 
-CODE = [*ROOT.glob("*.py"), *ROOT.glob("benchmarks/*.py")]
-CODE = [path for path in CODE if not path.stem.startswith("gpu")]  # for a GPU's machine, Linux
+PACKAGES = ("dataset", "formats", "engine", "system")
+CODE = [*ROOT.glob("*.py"), *(path for name in PACKAGES for path in ROOT.glob(f"{name}/*.py"))]
 CPU = torch.device("cpu")
 POSIX_MODULES = "fcntl|grp|posix|pwd|resource|termios|tty"
 POSIX_CALLS = r"os\.(fork|kill\w*|getloadavg|uname|mkfifo|chown|geteuid|sched_\w+|wait\w*)\("
 POSIX_SIGNALS = r"signal\.SIG(?!INT\b|TERM\b|_)"
 
 
-@pytest.mark.parametrize("path", CODE, ids=lambda path: path.name)
-def test_no_module_uses_what_only_posix_has(path):
-    text = path.read_text(encoding="utf-8")
-    assert not re.search(rf"^(import|from) ({POSIX_MODULES})\b", text, flags=re.MULTILINE)
-    assert not re.search(POSIX_CALLS, text) and not re.search(POSIX_SIGNALS, text)
+def test_no_module_uses_what_only_posix_has():
+    for path in CODE:
+        text = path.read_text(encoding="utf-8")
+        imports = re.search(rf"^(import|from) ({POSIX_MODULES})\b", text, flags=re.MULTILINE)
+        assert not imports and not re.search(f"{POSIX_CALLS}|{POSIX_SIGNALS}", text), path
 
 
 @pytest.fixture
@@ -56,9 +55,9 @@ def windows(monkeypatch):
 
     def unless_open(change):
         def changed(*paths, **options):
-            held = {file.path for file in this.open_files()}
-            held |= {mapped.path for mapped in this.memory_maps()}
             for path in paths:
+                held = {file.path for file in this.open_files()}
+                held |= {mapped.path for mapped in this.memory_maps()}
                 # filelock tries the disk out, but only where there is fcntl, so never on Windows.
                 if os.path.realpath(path) in held and ".filelock-probe-" not in str(path):
                     raise PermissionError(32, "used by another process", str(path))
@@ -86,7 +85,7 @@ def test_run_trains_resumes_and_samples_without_posix(here, windows):
     assert not [name for name in names if re.search(r'[<>:"|?*\\]|[. ]$', name)]
 
 
-def test_played_windows_refuses_what_windows_refuses(here, windows):
+def test_mocked_windows_refuses_what_windows_refuses(here, windows):
     Path("held").write_text("a")
     Path("other").write_text("b")
     with open("held"), pytest.raises(PermissionError):
@@ -98,30 +97,12 @@ def test_played_windows_refuses_what_windows_refuses(here, windows):
 
 
 def test_files_are_read_and_written_in_a_named_encoding(here):
-    """Windows takes another one than UTF-8 where none is named."""
+    """Windows takes another one than UTF-8 if none is named."""
     warn = {"PYTHONWARNDEFAULTENCODING": "1", "PYTHONWARNINGS": "always::EncodingWarning"}
     result = run_script("train.py", *as_flags({**TINY, "num_training_steps": 1}), env=warn)
     assert result.returncode == 0, result.stderr
     ours = [line for line in result.stderr.splitlines() if line.startswith(str(ROOT))]
     assert not [line for line in ours if "EncodingWarning" in line]
-
-
-POSIX_TESTS = r"os\.(fork|kill|killpg|mkfifo|symlink)\b|symlink_to|send_signal|setrlimit|/dev/zero"
-POSIX_TESTS += r"|_posixsubprocess|\"fcntl|start_new_session"
-
-
-@pytest.mark.parametrize("path", sorted(ROOT.glob("tests/test_*.py")), ids=lambda path: path.name)
-def test_tests_that_need_posix_say_so(path):
-    text = path.read_text(encoding="utf-8")
-    assert not re.search(rf"^(import|from) ({POSIX_MODULES})\b", text, flags=re.MULTILINE)
-    if "autouse=True)\ndef posix():\n    needs_posix()" in text:
-        return  # all tests of that file do
-    for part in ast.parse(text).body:
-        source = ast.get_source_segment(text, part)
-        if isinstance(part, ast.FunctionDef) and re.search(POSIX_TESTS, source):
-            ends_processes = part.name in ("killed", "wait")  # of tests that say so
-            windows = part.name == "windows"  # the fixture above
-            assert "needs_posix()" in source or ends_processes or windows, part.name
 
 
 # Threads -----------------------------------------------------------------------------------------
@@ -130,16 +111,16 @@ def test_tests_that_need_posix_say_so(path):
 PLACED = """
 import os, sys
 import torch
-from system import threads
+from system import cpu
 
 def masks():
     return [os.sched_getaffinity(int(thread)) for thread in os.listdir("/proc/self/task")]
 
 every = os.sched_getaffinity(0)
 cores = [{min(every)}, {max(every)}]
-threads.physical_cores = lambda: cores
+cpu.physical_cores = lambda: cores
 torch.ones(1 << 20).add_(1)
-with threads.a_core_each(torch.device("cpu")):
+with cpu.pinned_threads(torch.device("cpu")):
     assert os.sched_getaffinity(0) == cores[0], masks()
     assert cores[1] in masks(), masks()
 assert os.sched_getaffinity(0) == cores[0] | cores[1], masks()
@@ -147,43 +128,45 @@ assert cores[1] not in masks() or len(every) == 1, masks()
 """
 
 
-@pytest.mark.skipif(not threads.get_cores, reason="needs Linux")
-def test_each_thread_of_a_training_has_a_core_of_its_own_while_it_lasts():
+@pytest.mark.skipif(not cpu.get_cores, reason="needs Linux")
+def test_each_thread_has_a_core_of_its_own_while_a_training_lasts():
     """In a process of its own: what was forked from one that has threads could not start any."""
     run = dict(cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "2"}, timeout=120)
     result = subprocess.run([sys.executable, "-c", PLACED], capture_output=True, text=True, **run)
     assert result.returncode == 0, result.stderr
 
 
-def test_threads_are_left_alone_where_they_are_not_as_many_as_cores(monkeypatch):
-    monkeypatch.setattr(threads, "place", lambda cores: pytest.fail(f"placed on {cores}"))
+def test_threads_are_left_alone_if_they_are_not_as_many_as_cores(monkeypatch):
+    monkeypatch.setattr(cpu, "place_threads", lambda cores: pytest.fail(f"placed on {cores}"))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     for some in ([], [{0}], [{0}, {1}, {2}]):
-        monkeypatch.setattr(threads, "physical_cores", lambda some=some: some)
-        with threads.a_core_each(CPU):
+        monkeypatch.setattr(cpu, "physical_cores", lambda some=some: some)
+        with cpu.pinned_threads(CPU):
             pass
-    monkeypatch.setattr(threads, "physical_cores", lambda: [{0}, {1}])
-    with threads.a_core_each(torch.device("cuda")):
+    monkeypatch.setattr(cpu, "physical_cores", lambda: [{0}, {1}])
+    with cpu.pinned_threads(torch.device("cuda")):
         pass
-    with pytest.raises(pytest.fail.Exception, match="placed"), threads.a_core_each(CPU):
+    with pytest.raises(pytest.fail.Exception, match="placed"), cpu.pinned_threads(CPU):
         pass
 
 
 def test_cores_that_run_two_threads_at_once_count_once(monkeypatch):
     siblings = {0: "0,2", 1: "1,3", 2: "0,2", 3: "1,3", 4: "4-5", 5: "4-5"}
-    monkeypatch.setattr(threads, "get_cores", lambda _: {0, 1, 2, 3, 4})
+    monkeypatch.setattr(cpu, "get_cores", lambda _: {0, 1, 2, 3, 4})
     number = lambda path: int(re.search(r"cpu(\d+)/", path.as_posix())[1])  # noqa: E731
     monkeypatch.setattr(Path, "read_text", lambda path, **_: siblings[number(path)] + "\n")
-    assert threads.physical_cores() == [{0, 2}, {1, 3}, {4}]
+    assert cpu.physical_cores() == [{0, 2}, {1, 3}, {4}]
     monkeypatch.setattr(Path, "read_text", lambda path, **_: open("/nowhere"))
-    assert threads.physical_cores() == [{0}, {1}, {2}, {3}, {4}]
-    monkeypatch.setattr(threads, "get_cores", None)
-    assert threads.physical_cores() == []
+    assert cpu.physical_cores() == [{0}, {1}, {2}, {3}, {4}]
+    monkeypatch.setattr(cpu, "get_cores", None)
+    assert cpu.physical_cores() == []
 
 
-def test_a_training_takes_a_core_for_each_thread(here, monkeypatch):
-    asked, taken = [], threads.a_core_each
-    monkeypatch.setattr(train_module, "a_core_each", lambda at: asked.append(at) or taken(at))
+def test_a_training_pins_its_threads(here, monkeypatch):
+    asked, pin = [], cpu.pinned_threads
+    monkeypatch.setattr(
+        session, "pinned_threads", lambda device: asked.append(device) or pin(device)
+    )
     train(tiny(num_training_steps=1))
     assert asked == [CPU]
 
@@ -192,9 +175,7 @@ def test_a_training_takes_a_core_for_each_thread(here, monkeypatch):
 
 
 @pytest.mark.parametrize("cuda, mps", [(False, False), (True, False), (False, True)])
-def test_device_is_cuda_where_there_is_one_and_apples_gpu_only_where_asked_for(
-    monkeypatch, cuda, mps
-):
+def test_auto_is_cuda_if_there_is_one_and_never_apples_gpu(monkeypatch, cuda, mps):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
     assert find_device().type == find_device("auto").type == ("cuda" if cuda else "cpu")
@@ -208,15 +189,15 @@ def test_device_is_cuda_where_there_is_one_and_apples_gpu_only_where_asked_for(
 
 
 @pytest.mark.parametrize("asked", ["fp16", "bf16"])
-def test_apples_gpu_computes_in_float32_and_a_line_says_so(asked):
+def test_apples_gpu_computes_in_float32_after_a_note(asked):
     apple = torch.device("mps")
     assert autocast_dtype(asked, apple) is None
     assert "training in float32 on the mps" in precision_note(asked, None, apple)
 
 
 @pytest.mark.parametrize("script", ["train.py", "sample.py", "evaluate.py"])
-@pytest.mark.parametrize("name", ["tpu", "cuda" if torch.backends.mps.is_available() else "mps"])
-def test_device_that_is_not_there_is_one_line(here, script, name):
+def test_device_that_is_not_there_is_one_error(here, script):
+    name = "cuda" if torch.backends.mps.is_available() else "mps"
     words = as_flags(TINY) if script == "train.py" else []
     assert_error(run_script(script, *words, "--device", name), 2, "--device", name)
 
@@ -227,6 +208,6 @@ def test_a_run_is_on_the_device_that_is_asked_for(here, monkeypatch, name, kind)
         raise RuntimeError(f"on the {device.type}")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(train_module, "Processes", processes)
+    monkeypatch.setattr(session, "Processes", processes)
     with pytest.raises(RuntimeError, match=f"on the {kind}"):
         train(tiny(device=name))
