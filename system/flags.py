@@ -12,10 +12,10 @@ The trailing comment is the flag's --help text; the comment above a group of fie
 """
 
 import inspect
-import math
 import os
 import re
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import Field, field, fields, make_dataclass, replace
 from types import UnionType
@@ -97,7 +97,7 @@ def _inside(about: Field, value: Any) -> bool:
     if not isinstance(value, int | float):
         return True
     holds = (BOUNDS[name][1](value, bound) for name, bound in _bounds(about).items())
-    return math.isfinite(value) and abs(value) < LARGEST and all(holds)
+    return abs(value) < LARGEST and all(holds)  # false for nan and inf, too
 
 
 def _allowed(about: Field) -> str:
@@ -149,7 +149,8 @@ def parse(
 
 def given(cls: type, args: Sequence[str]) -> frozenset[str]:
     """The fields of the dataclass that flags in `args` set."""
-    names = {re.sub(r"^--(no[-_])?", "", arg.split("=")[0]).replace("-", "_") for arg in args}
+    flags = [arg.split("=")[0] for arg in args if arg.startswith("--")]
+    names = {re.sub(r"^--(no[-_])?", "", flag).replace("-", "_") for flag in flags}
     return frozenset(about.name for about in fields(cls) if about.name in names)
 
 
@@ -185,6 +186,7 @@ def run(
     fix: what to do when memory runs out."""
     open_streams()
     settle_environment()
+    threading.excepthook = lambda _: None  # TensorBoard's thread: the log says what failed
     try:
         os.getcwd()  # everything that a command writes goes there
         main()
