@@ -34,7 +34,7 @@ from dataset import load_faces
 from diffusion import Diffusion
 from engine.run import Session
 from generate import load_trained
-from system.errors import DivergedError, ResourceError, UsageError
+from system.errors import DivergedError, ResourceError
 from train import train
 from utils import checkpoint_path, list_checkpoints, load_checkpoint
 
@@ -242,8 +242,8 @@ def replace():
 @pytest.mark.parametrize("action, left", [(remove, []), (replace, [9])])
 def test_folder_removed_or_replaced_under_a_run_ends_it(here, monkeypatch, action, left):
     before_step(monkeypatch, action)
-    with pytest.raises(UsageError, match="run was removed or replaced during the run"):
-        train(tiny(keep_checkpoints=1))
+    result = run_script("train.py", *as_flags({**TINY, "keep_checkpoints": 1}))
+    assert_error(result, 2, "--experiment_name: run was removed or replaced during the run")
     assert steps() == left
 
 
