@@ -26,6 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 import sample
+from dataset.decoding import open_file
 from editing import between, noise_of, read_image
 from engine.session import as_flags
 from formats.weights import DEFAULT, SHIPPED, find_checkpoint, run_checkpoints
@@ -233,7 +234,10 @@ def edit(how: str, device: str, face: Image.Image | None, canvas: dict, strength
             if not canvas["layers"]:
                 fix = "paint over what to make anew"
                 raise UsageError("the face", "nothing is painted on it", fix)
-            config = replace(config, mask=canvas["layers"][0])
+            strokes = open_file(canvas["layers"][0]).convert("RGBA")
+            strokes.thumbnail((CANVAS, CANVAS))
+            config = replace(config, mask=f"{folder}/mask.png")
+            strokes.save(config.mask)
         elif not config.condition:
             raise UsageError("attributes", "none is asked for", "switch one to yes or no")
         else:
