@@ -1,87 +1,77 @@
-"""Images from a checkpoint: which weights, which noise, which files."""
+"""Images from a checkpoint: which weights, which noise, which guide, which files."""
 
-import contextlib
 import errno
-import inspect
 import os
-import re
 import shutil
 import time
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import assert_error, needs_posix, run_script, tensors_equal, tiny, write_pictures
+from conftest import assert_error, needs_posix, run_script, tensors_equal, tiny
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.conditional_accuracy import AccuracyConfig
-from benchmarks.data_speed import DataSpeedConfig
-from benchmarks.editing import EditingConfig
-from benchmarks.quality import QualityConfig
-from benchmarks.sample_speed import SampleSpeedConfig
-from benchmarks.train_speed import TrainSpeedConfig
 from convert import ConvertConfig, convert
-from evaluate import EvaluateConfig
 from formats.weights import find_checkpoint
 from generate import add_guide, generate, load_trained
-from sample import SampleConfig, main, sample
+from sample import SampleConfig, check_config, sample
 from samplers import SAMPLERS
-from system import flags
 from system.errors import CheckpointError, UsageError, UserError, is_out_of_memory
-from train import Config, train
+from train import train
 from unet import GroupNorm
-from utils import (
-    checkpoint_path,
-    list_checkpoints,
-    load_checkpoint,
-    save_checkpoint,
-    sign,
-)
+from utils import checkpoint_path, list_checkpoints, load_checkpoint, save_checkpoint, sign
 
-HALF_A_GREY_LEVEL = 1 / 255  # of images in [-1, 1]; eps at the start is divided by 1 / 80
+HALF_A_GREY_LEVEL = 1 / 255  # of images in [-1, 1]
+EARLY = "run/checkpoints/step_00000003.pt"
 
 
-@pytest.fixture(scope="module")
-def trained_once(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sampled")
-    write_pictures(folder, 22)
-    with contextlib.chdir(folder):
-        train(tiny(learning_rate=0.01))
-    return folder
-
-
-@pytest.fixture
-def run(here, trained_once):
-    shutil.copytree(trained_once, here, dirs_exist_ok=True)
-    return Path("run")
-
-
-def saved_images(**flags):
-    """The pixels `sample` saves, one image after another."""
+def saved_images(**options) -> np.ndarray:
+    """The pixels that `sample` saves, one image after another."""
     shutil.rmtree("out", ignore_errors=True)
-    sample(
-        SampleConfig(**{"checkpoint": "run", "steps": 3, "out": "out", "num_images": 5, **flags})
-    )
-    names = sorted(os.listdir("out"))
-    return np.stack([np.asarray(Image.open(os.path.join("out", name))) for name in names])
+    options = dict(checkpoint="run", steps=3, out="out", num_images=5) | options
+    sample(SampleConfig(**options))
+    return np.stack([np.asarray(Image.open(path)) for path in sorted(Path("out").iterdir())])
 
 
-def test_images_come_from_the_average_and_from_raw_weights_with_a_flag(run):
+def change(path: Path, action) -> None:
+    """Change what a checkpoint holds, and sign it as good."""
+    state = torch.load(path, weights_only=True)
+    action(state)
+    torch.save(state, path)
+    sign(path)
+
+
+# The weights -------------------------------------------------------------------------------------
+
+
+def test_command_prints_its_checkpoint_steps_and_guide(run):
+    """A real start."""
+    words = ["--num_images", "4", "--steps", "3", "--out", "faces.png"]
+    result = run_script("sample.py", *words, new=True)
+    assert result.returncode == 0, result.stderr
+    checkpoint = "run/checkpoints/step_00000006.pt, trained for 6 steps"
+    assert f"{checkpoint}, guided by {EARLY} (two networks; --guide none uses one)" in result.stdout
+    assert "saved faces.png" in result.stdout and Image.open("faces.png").size == (22, 22)
+    result = run_script("sample.py", "--guide", "none", *words)
+    assert f"{checkpoint}\n" in result.stdout
+
+
+def test_images_come_from_the_average_or_from_raw_weights(run):
     saved = load_checkpoint(find_checkpoint(run))
     averaged = dict(load_trained(run, half=False).model.state_dict())
     assert tensors_equal(averaged, saved["ema"]["model"])
     raw = dict(load_trained(run, raw=True, half=False).model.state_dict())
-    assert tensors_equal(raw, saved["model"]) and not tensors_equal(raw, saved["ema"]["model"])
+    assert tensors_equal(raw, saved["model"]) and not tensors_equal(raw, averaged)
     assert not np.array_equal(saved_images(), saved_images(raw=True))
 
 
-def test_network_and_diffusion_are_rebuilt_from_what_the_checkpoint_says(here):
-    train(tiny(num_timesteps=30, noise_schedule="linear", prediction="v", channels=16))
+def test_checkpoint_rebuilds_its_network_and_diffusion(here):
+    train(tiny(num_timesteps=30, noise_schedule="linear", prediction="eps", channels=16))
     trained = load_trained("run")
-    assert trained.diffusion.num_timesteps == 30 and trained.diffusion.prediction == "v"
+    assert trained.diffusion.num_timesteps == 30 and trained.diffusion.prediction == "eps"
     assert trained.diffusion.betas[-1] > 0.5 and trained.model.conv_in.out_channels == 16
     assert not trained.model.training and trained.img_size == 8 and trained.step == 6
 
@@ -109,82 +99,95 @@ def test_weights_are_cast_once_and_norms_stay_in_float32(run, monkeypatch):
     for module in trained.model.modules():
         expected = torch.float32 if isinstance(module, GroupNorm) else torch.bfloat16
         assert all(weights.dtype == expected for weights in module.parameters(recurse=False))
-    assert all(p.dtype == torch.float32 for p in plain.model.parameters())
-
     # Autocast over weights in float32 rounds them alike, at each evaluation.
     autocast = replace(plain, dtype=torch.bfloat16)
     with WeightCasts(autocast.model) as casts:
-        torch.testing.assert_close(
-            next(generate(autocast, range(4), steps=3)), images, rtol=0, atol=HALF_A_GREY_LEVEL
-        )
+        same = next(generate(autocast, range(4), steps=3))
+    torch.testing.assert_close(same, images, rtol=0, atol=HALF_A_GREY_LEVEL)
     assert casts.count > 3 * 20
+
+
+@pytest.mark.parametrize(
+    "action",
+    [
+        lambda state: state["settings"].pop("attributes"),
+        lambda state: state["settings"].update(attributes=["Smiling"]),
+        lambda state: state["settings"].update(img_size=16),
+        lambda state: state["unet"].update(wings=2),
+        lambda state: state["diffusion"].update(noise_schedule="sudden"),
+        lambda state: state["ema"].update(model=[1, 2]),
+        lambda state: state["ema"]["model"].popitem(),
+        lambda state: state.pop("step"),
+    ],
+)
+def test_checkpoint_that_says_what_cannot_be_is_one_error(run, action):
+    path = find_checkpoint(run)
+    change(path, action)
+    with pytest.raises(CheckpointError, match=f"{path.name}.*Fix: "):
+        load_trained(path)
+
+
+# Which run ---------------------------------------------------------------------------------------
+
+
+def test_newest_run_is_taken_if_none_is_named(run):
+    needs_posix()
+    shutil.copytree(run, "other")
+    for name, age in (("run", 0), ("other", 100)):
+        for path in list_checkpoints(Path(name)):
+            os.utime(path, (time.time() - age,) * 2)
+    dead = Path("gone/checkpoints/step_00000009.pt")  # a dead link is no run
+    dead.parent.mkdir(parents=True)
+    dead.symlink_to("nowhere.pt")
+    assert load_trained(None).path == find_checkpoint("run") == checkpoint_path(run, 6)
+    assert find_checkpoint("other/checkpoints").parts[0] == "other"
+
+
+def test_damaged_checkpoint_gives_way_unless_it_is_named(run, capsys):
+    newest = checkpoint_path(run, 6)
+    newest.write_bytes(newest.read_bytes()[:-100])
+    for given in (run, None, run / "checkpoints"):
+        assert load_trained(given).path == checkpoint_path(run, 3)
+        assert "taking step_00000003.pt" in capsys.readouterr().err
+    with pytest.raises(CheckpointError, match=newest.name):
+        load_trained(newest)
+
+
+# The noise ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_image_i_is_the_same_whatever_the_batch_size(run, sampler):
-    trained = load_trained(run)
-    each = [
-        torch.cat(list(generate(trained, range(7), 3, size, sampler=sampler, steps=4)))
-        for size in (7, 3, 1)
-    ]
-    for other in each[1:]:
-        torch.testing.assert_close(each[0], other, rtol=0, atol=HALF_A_GREY_LEVEL)
-    alone = next(generate(trained, [5], 3, sampler=sampler, steps=4))
-    torch.testing.assert_close(each[0][5:6], alone, rtol=0, atol=HALF_A_GREY_LEVEL)
-    assert each[0].min() >= -1 and each[0].max() <= 1
-
-
-@pytest.mark.parametrize("count", [3, 4, 5, 8])
-def test_exactly_as_many_images_as_asked(run, count):
-    assert len(saved_images(num_images=count, batch_size=4)) == count
-
-
-def test_png_is_a_grid_gif_the_way_folder_single_images(run):
-    grid = sample(SampleConfig(checkpoint="run", num_images=5, steps=4, out="a/grid.png"))
-    assert Image.open(grid).size == (3 * 10 + 2, 2 * 10 + 2)
-    way = Image.open(sample(SampleConfig(checkpoint="run", num_images=4, steps=6, out="way.gif")))
-    assert way.format == "GIF" and way.n_frames == 7
-    single = saved_images(num_images=4)
-    assert single.shape == (4, 8, 8, 3)
-    cells = np.asarray(
-        Image.open(sample(SampleConfig("run", num_images=4, steps=3, out="four.png")))
+    trained, options = load_trained(run), dict(sampler=sampler, steps=4)
+    seven, three, one = (
+        torch.cat(list(generate(trained, range(7), 3, size, **options))) for size in (7, 3, 1)
     )
-    np.testing.assert_array_equal(cells[2:10, 12:20], single[1])
+    alone = next(generate(trained, [5], 3, **options))
+    for a, b in ((seven, three), (seven, one), (seven[5:6], alone)):
+        torch.testing.assert_close(a, b, rtol=0, atol=HALF_A_GREY_LEVEL)
+    assert seven.min() >= -1 and seven.max() <= 1
 
 
 def test_seed_sampler_steps_and_eta_change_the_images(run):
     first = saved_images()
     np.testing.assert_array_equal(first, saved_images())
-    for change in (dict(seed=1), dict(sampler="ddim"), dict(sampler="ddpm"), dict(steps=9)):
-        assert not np.array_equal(first, saved_images(**change)), change
+    for other in (dict(seed=1), dict(sampler="ddim"), dict(sampler="ddpm"), dict(steps=9)):
+        assert not np.array_equal(first, saved_images(**other)), other
     a, b = saved_images(sampler="ddim"), saved_images(sampler="ddim", eta=1.0)
     assert not np.array_equal(a, b)
-
-
-def test_newest_run_is_taken_where_none_is_named(here):
-    train(tiny(experiment_name="old"))
-    train(tiny(experiment_name="new"))
-    for i, name in enumerate(("new", "old")):
-        for step in (3, 6):
-            os.utime(checkpoint_path(here / name, step), (time.time() - 100 * i,) * 2)
-    assert find_checkpoint(None).parts[0] == "new"
-    assert load_trained(None).path == find_checkpoint("new")
 
 
 def test_interpolation_goes_from_one_image_to_the_other(run):
     ends = saved_images(num_images=4, steps=6)
     way = saved_images(interpolate=(1, 3), num_images=5, steps=6)
-    assert len(way) == 5
-    assert np.abs(way[0].astype(int) - ends[1]).max() <= 1
-    assert np.abs(way[-1].astype(int) - ends[3]).max() <= 1
-    assert not np.array_equal(way[2], way[0]) and not np.array_equal(way[2], way[4])
-    gif = Image.open(
-        sample(SampleConfig("run", num_images=5, steps=3, interpolate=(0, 1), out="b.gif"))
-    )
-    assert gif.n_frames == 5
+    for image, end in ((way[0], ends[1]), (way[-1], ends[3])):
+        assert np.abs(image.astype(int) - end).max() <= 1
+    assert len(way) == 5 and not np.array_equal(way[2], way[0])
+    options = dict(num_images=5, steps=3, interpolate=(0, 1), out="between.gif")
+    assert Image.open(sample(SampleConfig("run", **options))).n_frames == 5
 
 
-EARLY = "run/checkpoints/step_00000003.pt"
+# The guide ---------------------------------------------------------------------------------------
 
 
 def test_guided_network_goes_from_its_early_self_through_itself_and_on(run):
@@ -197,33 +200,18 @@ def test_guided_network_goes_from_its_early_self_through_itself_and_on(run):
         torch.testing.assert_close(guided.model(x_t, t), good + (strength - 1) * (good - bad))
 
 
-def test_guide_changes_the_images_and_at_1_does_not(run):
+def test_run_is_guided_by_its_own_early_checkpoint(run):
+    assert np.array_equal(saved_images(), saved_images(guide=EARLY))
     plain = saved_images(guide="none")
-    assert np.array_equal(saved_images(guide=EARLY, autoguidance=1.0), plain)
-    assert not np.array_equal(saved_images(guide=EARLY), plain)
-
-
-def test_a_run_guides_its_images_by_the_checkpoint_it_kept_of_a_fifth_of_its_steps(here):
-    train(tiny(num_training_steps=10, save_every=1, keep_checkpoints=2))
-    assert [path.stem[-2:] for path in list_checkpoints(here / "run")] == ["10", "09", "02"]
-    early = "run/checkpoints/step_00000002.pt"
-    assert np.array_equal(saved_images(), saved_images(guide=early))
-    plain = saved_images(checkpoint=early)  # nothing earlier is left to guide it
-    assert np.array_equal(plain, saved_images(checkpoint=early, guide="none"))
-
-
-def test_checkpoints_without_a_run_around_them_are_not_guided(run, monkeypatch):
-    monkeypatch.chdir(run.parent)
-    plain = saved_images(guide="none")
-    shutil.copy(find_checkpoint(run), "alone.pt")
+    assert not np.array_equal(saved_images(), plain)
+    assert np.array_equal(saved_images(autoguidance=1.0), plain)
+    early = saved_images(checkpoint=EARLY)  # nothing earlier is left to guide it
+    assert np.array_equal(early, saved_images(checkpoint=EARLY, guide="none"))
+    shutil.copy(find_checkpoint(run), "alone.pt")  # without a run around it
     assert np.array_equal(saved_images(checkpoint="alone.pt"), plain)
-    saved = load_checkpoint(find_checkpoint(run))
-    del saved["settings"]["num_training_steps"]  # as in what diffusers trained
-    save_checkpoint(checkpoint_path(Path("foreign"), 6), saved)
-    assert np.array_equal(saved_images(checkpoint="foreign"), plain)
 
 
-def test_weights_beside_which_a_guide_lies_are_guided_by_it(here):
+def test_folder_of_weights_is_guided_by_the_folder_beside_it(here):
     train(tiny(norm_groups=4))
     convert(ConvertConfig(to_diffusers="run", out="mine"))
     plain = saved_images(checkpoint="mine")
@@ -232,111 +220,30 @@ def test_weights_beside_which_a_guide_lies_are_guided_by_it(here):
     assert np.array_equal(saved_images(checkpoint="mine", guide="none"), plain)
 
 
-def test_guide_of_other_images_is_refused(run):
-    other = train(tiny(experiment_name="other", prediction="eps"))
-    with pytest.raises(UsageError, match="^--guide: .*prediction is eps, .* is v"):
-        saved_images(guide=str(other))
-    with pytest.raises(CheckpointError):
+def test_guide_of_another_run_s_kind_is_refused(run):
+    change(Path(EARLY), lambda state: state["settings"].update(prediction="eps"))
+    with pytest.raises(UsageError, match="^--guide: .*its prediction is eps, but .* has v"):
+        saved_images()
+    with pytest.raises(CheckpointError, match="nothing.pt"):
         saved_images(guide="nothing.pt")
 
 
-@pytest.mark.parametrize(
-    "words, part",
-    [
-        (["--num_images", "0"], "--num_images"),
-        (["--steps", "51", "--sampler", "ddim"], "--steps"),
-        (["--eta", "1"], "--eta"),
-        (["--out", "faces.jpg"], "--out"),
-        (["--sampler", "euler"], "--sampler"),
-        (["--interpolate", "1"], "--interpolate"),
-        (["--interpolate", "1", "2", "--sampler", "ddpm"], "--sampler"),
-        (["--condition", "Smiling"], "--condition"),
-        (["--guidance", "2"], "--guidance"),
-        (["--autoguidance", "0.5"], "--autoguidance"),
-        (["--sheet"], "--sheet"),
-        (["--whatever"], "--whatever"),
-    ],
-)
-def test_bad_flags_are_one_line_and_leave_nothing(run, monkeypatch, words, part):
-    monkeypatch.setattr("sys.argv", ["sample.py", *words])
-    with pytest.raises(UsageError, match=f"^{part}: .*Fix: [^\n]*$"):
-        main()
-    assert not list(run.parent.glob("*.png"))
+# The files ---------------------------------------------------------------------------------------
 
 
-COMMANDS = [Config, SampleConfig, EvaluateConfig, TrainSpeedConfig, SampleSpeedConfig]
-COMMANDS += [DataSpeedConfig, QualityConfig, AccuracyConfig, EditingConfig]
+def test_suffix_of_out_says_what_is_saved(run):
+    grid = sample(SampleConfig("run", num_images=4, steps=3, out="a/grid.png"))
+    cells, single = np.asarray(Image.open(grid)), saved_images(num_images=4)
+    assert cells.shape == (22, 22, 3) and single.shape == (4, 8, 8, 3)
+    np.testing.assert_array_equal(cells[2:10, 12:20], single[1])
+    assert Image.open(sample(SampleConfig("run", num_images=4, out="grid.jpg"))).format == "JPEG"
+    way = Image.open(sample(SampleConfig("run", num_images=4, steps=6, out="way.gif")))
+    assert way.format == "GIF" and 2 < way.n_frames <= 41 and way.width >= 256
 
 
-@pytest.mark.parametrize("cls", COMMANDS)
-def test_every_flag_has_a_help_text(cls, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "300")
-    with pytest.raises(SystemExit):
-        flags.parse(cls, ["--help"], "")
-    shown = " ".join(re.sub("[^ -~]", " ", capsys.readouterr().out).split())
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(cls), re.MULTILINE))
-    for field in fields(cls):
-        assert comments[field.name] in shown, f"--{field.name}"
-
-
-def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(here):
-    assert_error(run_script("sample.py", "--steps", "0"), 2, "--steps: is 0")
-
-
-def test_checkpoint_of_another_kind_is_refused(run):
-    torch.save({"weights": torch.zeros(3)}, "other.pt")
-    with pytest.raises(CheckpointError):
-        load_trained("other.pt")
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda state: state.update(settings={}),
-        lambda state: state["settings"].pop("attributes"),
-        lambda state: state["settings"].update(attributes=["Smiling"]),
-        lambda state: state["settings"].update(img_size="large"),
-        lambda state: state.update(settings=["img_size"]),
-        lambda state: state.update(unet=None),
-        lambda state: state["unet"].update(wings=2),
-        lambda state: state["unet"].update(channels=-4),
-        lambda state: state["unet"].update(img_size=7),
-        lambda state: state["diffusion"].update(num_timesteps=0),
-        lambda state: state["diffusion"].update(noise_schedule="sudden"),
-        lambda state: state.update(ema=[]),
-        lambda state: state["ema"].update(model=[1, 2]),
-        lambda state: state["ema"]["model"].popitem(),
-        lambda state: state.pop("step"),
-    ],
-)
-def test_checkpoint_that_says_what_cannot_be_is_one_line(run, change):
-    path = find_checkpoint(run)
-    state = load_checkpoint(path)
-    change(state)
-    torch.save(state, path)
-    sign(path)
-    with pytest.raises(CheckpointError, match=path.name):
-        load_trained(path)
-
-
-def test_newest_good_checkpoint_of_a_run_is_taken_and_named(run, capsys):
-    newest, before = checkpoint_path(run, 6), checkpoint_path(run, 3)
-    newest.write_bytes(newest.read_bytes()[:-100])
-    for given in (run, None, run / "checkpoints"):
-        assert load_trained(given).path.resolve() == before.resolve()
-        assert before.name in capsys.readouterr().err
-    with pytest.raises(CheckpointError, match=newest.name):  # it is asked for by name
-        load_trained(newest)
-    newest.unlink()
-    newest.mkdir()
-    assert load_trained(run).path == before
-
-
-def test_dead_links_among_the_runs_are_no_runs(run, here):
-    needs_posix()
-    (here / "gone" / "checkpoints").mkdir(parents=True)
-    (here / "gone" / "checkpoints" / "step_00000009.pt").symlink_to("nowhere.pt")
-    assert load_trained(None).step == 6
+@pytest.mark.parametrize("count", [3, 4, 5, 8])
+def test_exactly_as_many_images_as_asked(run, count):
+    assert len(saved_images(num_images=count, batch_size=4)) == count
 
 
 def test_images_that_are_not_finite_numbers_are_not_saved(run):
@@ -351,23 +258,39 @@ def test_images_that_are_not_finite_numbers_are_not_saved(run):
         assert not os.path.exists(out) or not os.listdir(out)
 
 
+def test_killed_sampler_leaves_no_partial_image(run, monkeypatch):
+    def die(self, file, *_, **__):
+        Path(file).write_bytes(b"\x89PNG half")
+        raise KeyboardInterrupt
+
+    before = set(Path().rglob("*.*"))
+    for out in ("faces.png", "way.gif", "faces"):
+        with monkeypatch.context() as patch:
+            patch.setattr(Image.Image, "save", die)
+            with pytest.raises(KeyboardInterrupt):
+                sample(SampleConfig("run", num_images=2, steps=2, out=out))
+        assert set(Path().rglob("*.*")) == before
+
+
 @pytest.mark.parametrize(
     "out, code",
     [
-        ("", 2),
         ("folder.png", 2),  # is a folder
         ("file/faces.png", 2),
         ("file", 2),
         ("/dev/null/a.png", 2),
+        ("used", 2),  # holds images
         ("a" * 300 + ".png", 5),
         ("a" * 300 + "/b.png", 5),
         ("full/faces.png", 5),
         ("full", 5),
     ],
 )
-def test_where_nothing_can_be_saved_is_found_before_generating(run, monkeypatch, out, code):
+def test_place_that_cannot_be_written_is_found_before_generating(run, monkeypatch, out, code):
     os.mkdir("folder.png")
     open("file", "w").close()
+    os.mkdir("used")
+    open("used/000003.png", "w").close()
     touch = Path.touch
 
     def read_only(path):
@@ -377,9 +300,43 @@ def test_where_nothing_can_be_saved_is_found_before_generating(run, monkeypatch,
 
     monkeypatch.setattr(Path, "touch", read_only)
     monkeypatch.setattr("sample.generate", lambda *_, **__: pytest.fail("generates"))
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError, match="Fix: ") as error:
         sample(SampleConfig("run", num_images=2, steps=2, out=out))
-    assert error.value.exit_code == code and "Fix: " in str(error.value)
+    assert error.value.exit_code == code
+
+
+# Mistakes ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes, flag",
+    [
+        (dict(num_images=0), "num_images"),
+        (dict(steps=51, sampler="ddim"), "steps"),
+        (dict(eta=1.0), "eta"),
+        (dict(out="faces.bmp"), "out"),
+        (dict(out=""), "out"),
+        (dict(sampler="euler"), "sampler"),
+        (dict(interpolate=(1,)), "interpolate"),
+        (dict(interpolate=(1, 2), sampler="ddpm"), "interpolate"),
+        (dict(interpolate=(1, 2), sheet=True), "interpolate"),
+        (dict(sheet=True, out="faces"), "out"),
+        (dict(sheet=True), "sheet"),
+        (dict(condition=("Smiling",)), "condition"),
+        (dict(guidance=2.0), "guidance"),
+        (dict(autoguidance=0.5), "autoguidance"),
+    ],
+)
+def test_what_cannot_be_is_one_error_and_leaves_nothing(run, changes, flag):
+    with pytest.raises(UsageError, match=f"^--{flag}: [^\n]*Fix: [^\n]*$"):
+        sample(SampleConfig("run", **changes))
+    assert not list(Path().glob("*.png"))
+
+
+def test_constants_are_checked_before_anything_is_loaded(here):
+    with pytest.raises(UsageError, match="--steps"):
+        sample(SampleConfig(checkpoint="not there", steps=0))
+    check_config(SampleConfig())
 
 
 @pytest.mark.parametrize(
@@ -388,23 +345,13 @@ def test_where_nothing_can_be_saved_is_found_before_generating(run, monkeypatch,
 )
 def test_out_of_memory_is_known_as_such_before_generating(run, monkeypatch, changes):
     monkeypatch.setattr("generate.UNet.forward", lambda *_: pytest.fail("generates"))
-    with pytest.raises(Exception) as error:
+    with pytest.raises(Exception) as error:  # noqa: B017
         sample(SampleConfig("run", **changes))
     assert is_out_of_memory(error.value)
 
 
-def test_out_of_memory_is_one_line_that_names_what_to_lower(run):
+def test_mistakes_of_the_command_are_one_line(run):
+    assert_error(run_script("sample.py", "--steps", "0"), 2, "--steps: is 0")
     result = run_script("sample.py", "--num_images", str(10**12), timeout=500)
     assert_error(result, 5, "memory", "--num_images")
-
-
-def test_images_of_two_commands_do_not_mix_in_a_folder(run):
-    first = saved_images()
-    with pytest.raises(UsageError, match="--out: out holds images already"):
-        sample(SampleConfig("run", num_images=2, steps=2, seed=1, out="out"))
-    assert len(os.listdir("out")) == len(first) == 5
-
-
-def test_flags_are_checked_before_anything_is_loaded(here):
-    with pytest.raises(UsageError, match="--steps"):
-        sample(SampleConfig(checkpoint="not there", steps=0))
+    assert_error(run_script("sample.py", "--checkpoint", "no.pt"), 4, "no.pt", "does not exist")
