@@ -1,25 +1,26 @@
-"""Distances between sets of images, against closed forms; and features from anywhere."""
-
-import sys
-import urllib.error
+"""Distances between sets of images, nearest neighbours and the held-out loss, against closed forms
+and searches of all pairs."""
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from conftest import tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from diffusion import Diffusion, draw_noise, image_generators
+from engine.state import unet_arguments
 from metrics import (
-    Features,
     copies,
-    find_features,
     frechet_distance,
+    held_out_loss,
     kernel_distance,
     nearest,
     nearest_pixels,
     nearest_vectors,
 )
-from system.errors import ResourceError, UsageError
+from samplers import even_timesteps
+from unet import UNet
+from utils import to_x_0
 
 
 def vectors(count: int, seed: int, shift: float = 0.0) -> np.ndarray:
@@ -30,13 +31,6 @@ def vectors(count: int, seed: int, shift: float = 0.0) -> np.ndarray:
 
 def random_images(count: int, seed: int = 0, side: int = 8) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
-
-
-def means(images: torch.Tensor) -> torch.Tensor:
-    """Features of the tests: the colours' means in the four corners."""
-    half = images.shape[-1] // 2
-    parts = images.float().unfold(2, half, half).unfold(3, half, half).mean((4, 5))
-    return parts.flatten(1)
 
 
 # Distances ---------------------------------------------------------------------------------------
@@ -135,13 +129,19 @@ def test_nearest_equals_a_search_of_all_pairs():
     assert distances == pytest.approx(np.sort(expected, axis=1)[:, :2], rel=1e-6)
 
 
-def test_nearest_by_features_finds_a_mirrored_image():
-    reference, queries = random_images(40), random_images(3, seed=1)
-    queries[1] = reference[30][:, ::-1]
-    features = Features("means", means)
-    both = features.of(queries), features.of(queries[:, :, ::-1])
-    found, distances = nearest_vectors(*both, features.of(reference))
+def test_nearest_by_vectors_finds_a_mirrored_image():
+    reference, queries, mirrored = vectors(40, 0), vectors(3, 1), vectors(3, 2)
+    mirrored[1] = reference[30]
+    found, distances = nearest_vectors(queries, mirrored, reference)
     assert found[1, 0] == 30 and distances[1, 0] == 0 and distances[0, 0] > 0
+
+
+def test_mirrored_images_count_only_if_training_mirrored():
+    reference, queries = random_images(9), random_images(1, seed=1)
+    queries[0] = reference[4][:, ::-1]
+    indices = np.arange(9)
+    assert nearest_pixels(queries, reference, indices)[1][0, 0] == 0
+    assert nearest_pixels(queries, reference, indices, mirror=False)[1][0, 0] > 0
 
 
 class LargestTensor(TorchDispatchMode):
@@ -172,159 +172,83 @@ def test_share_of_copies_counts_those_far_nearer_than_the_second():
     assert said["copies"] == 0.75 and said["median_distance"] == 1.0
 
 
-# Features ----------------------------------------------------------------------------------------
+# The held-out loss -------------------------------------------------------------------------------
+
+SPREAD = 0.25  # standard deviation of the pixels of a toy image, which are independent
 
 
-def test_features_are_of_the_images_in_order():
-    images = random_images(300)
-    picks = np.array([5, 299, 0])
-    expected = means(torch.from_numpy(images[picks]).permute(0, 3, 1, 2)).numpy()
-    assert (Features("means", means).of(images, picks) == expected).all()
-    assert Features("means", means).of(images).shape == (300, 12)
+def toy_images(count: int, side: int = 16) -> np.ndarray:
+    pixels = np.random.default_rng(0).normal(127.5, 127.5 * SPREAD, (count, side, side, 3))
+    return pixels.round().clip(0, 255).astype(np.uint8)
 
 
-def test_images_are_resized_to_the_features_size():
-    seen = []
-
-    def spy(batch):
-        seen.append(batch)
-        return means(batch)
-
-    Features("spy", spy, size=4).of(random_images(2))
-    Features("spy", spy, size=8).of(random_images(2))
-    assert seen[0].shape == (2, 3, 4, 4) and seen[0].dtype == torch.uint8
-    assert (seen[1].permute(0, 2, 3, 1).numpy() == random_images(2)).all()
+def no_attributes(images: np.ndarray) -> np.ndarray:
+    return np.empty((len(images), 0), np.float32)
 
 
-@pytest.mark.parametrize(
-    "function,said",
-    [
-        (lambda x: x.float(), "gives (2, 3, 8, 8)"),
-        (lambda x: means(x)[:1], "gives (1, 12)"),
-        (lambda x: [1.0], "gives list"),
-        (lambda x: means(x) / 0, "not finite"),
-        (lambda x: means(x).double() * 1e300, "not finite in float32"),
-        (lambda x: x @ torch.zeros(3), "fails on uint8 (2, 3, 8, 8)"),
-        (lambda x: sys.exit("enough"), "fails on uint8 (2, 3, 8, 8): SystemExit enough"),
-        (lambda x: means(x)[:, :0], "gives (2, 0)"),
-        (lambda x: means(x) * 1j, "of torch.complex64"),
-    ],
-)
-def test_wrong_features_are_refused_in_one_line(function, said):
-    with pytest.raises(UsageError, match="--features: mine") as error:
-        Features("mine", function).of(random_images(2))
-    assert said in str(error.value)
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_loss_of_the_exact_network_equals_the_closed_form(prediction):
+    diffusion, images = Diffusion(100, "cosine", prediction), toy_images(64)
 
+    def network(x_t, t):  # the mean of what the output could be, given x_t
+        alpha_bar = diffusion.alphas_cumprod[t].view(-1, 1, 1, 1)
+        x_0 = alpha_bar.sqrt() * SPREAD**2 * x_t / (alpha_bar * SPREAD**2 + 1 - alpha_bar)
+        eps = (x_t - alpha_bar.sqrt() * x_0) / (1 - alpha_bar).sqrt()
+        v = alpha_bar.sqrt() * eps - (1 - alpha_bar).sqrt() * x_0
+        return eps if prediction == "eps" else v
 
-def test_vectors_with_a_gradient_are_taken_without_it():
-    images = np.zeros((2, 8, 8, 3), np.uint8)
-    features = Features("own", lambda x: means(x).requires_grad_())
-    assert features.of(images).shape == (2, 12)
-
-
-def test_features_that_change_their_length_are_refused():
-    sizes = iter([12, 5])
-    with pytest.raises(UsageError, match="12 numbers, then of 5"):
-        Features("mine", lambda x: torch.zeros(len(x), next(sizes))).of(random_images(200))
-
-
-def test_features_of_the_reference_are_kept_and_never_mixed_up(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    calls = []
-
-    def counted(batch):
-        calls.append(len(batch))
-        return means(batch)
-
-    images, picks = random_images(20), np.arange(0, 20, 2)
-    first = Features("f", counted).cached(images, picks, "celeba_8")
-    calls.clear()
-    again = Features("f", counted).cached(images, picks, "celeba_8")
-    assert (first == again).all() and calls == [4]  # the probe alone
-    others = [
-        (Features("f", counted), images, picks, "celeba_crop_8"),  # another crop or source
-        (Features("f", counted, size=4), images, picks, "celeba_8"),
-        (Features("f", lambda x: counted(x) * 2), images, picks, "celeba_8"),
-        (Features("f", counted), images, picks + 1, "celeba_8"),
-        (Features("f", counted), random_images(20, side=16), picks, "celeba_8"),
-    ]
-    for features, pixels, indices, key in others:
-        calls.clear()
-        features.cached(pixels, indices, key)
-        assert calls == [4, 10]
-    assert len(list((tmp_path / "prepared").iterdir())) == 6
-
-
-def test_features_that_cannot_be_kept_are_made_all_the_same(tmp_path, monkeypatch, capfd):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "prepared").write_text("in the way of the folder")
-    images = np.random.default_rng(0).integers(0, 256, (9, 4, 4, 3), dtype=np.uint8)
-    features = Features("mean", lambda batch: batch.float().mean((2, 3)))
-    vectors = features.cached(images, np.arange(9), "made_4")
-    np.testing.assert_array_equal(vectors, features.of(images))
-    assert "the features are not kept" in capfd.readouterr().err
-
-
-@pytest.fixture
-def module(tmp_path, monkeypatch, fresh_imports):
-    """A user's module in the current folder."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine.py").write_text(
-        "def direct(images):\n    return images.float().mean((2, 3))\n"
-        "def load(device='cpu'):\n    return direct\n"
-        "number = 3\n"
+    loss = held_out_loss(network, diffusion, images, no_attributes(images), draws=16)
+    alpha_bar = diffusion.schedule
+    error = SPREAD**2 * (1 - alpha_bar) / (alpha_bar * SPREAD**2 + 1 - alpha_bar)  # of x_0
+    expected = (
+        error * alpha_bar / (1 - alpha_bar) if prediction == "eps" else error / (1 - alpha_bar)
     )
+    assert loss.dtype == torch.float64
+    assert loss.numpy() == pytest.approx(expected.numpy(), rel=0.1, abs=1e-5)
 
 
-@pytest.mark.parametrize("name", ["direct", "load"])
-def test_features_come_from_any_module(module, name):
-    images = random_images(3)
-    expected = images.astype(np.float32).mean((1, 2))
-    assert find_features(f"mine:{name}").of(images) == pytest.approx(expected)
+def network() -> UNet:
+    torch.manual_seed(0)
+    model = UNet(**unet_arguments(tiny(dropout=0.5)))
+    for weights in model.parameters():
+        weights.data.add_(torch.randn_like(weights) * 0.05)
+    return model
 
 
-@pytest.mark.parametrize("spec", ["mine", "mine:absent", "absent:load", ":load", "mine:number"])
-def test_features_that_are_not_there_are_refused_in_one_line(module, spec):
-    with pytest.raises(UsageError, match="--features"):
-        find_features(spec)
+def test_loss_is_the_same_twice_in_any_batch_size_and_leaves_the_mode_alone():
+    diffusion, model, images = Diffusion(50), network(), toy_images(5, 8)
+    options = dict(timesteps=even_timesteps(50, 7), draws=3)
+    a, b, c = (
+        held_out_loss(model, diffusion, images, no_attributes(images), batch_size=size, **options)
+        for size in (64, 64, 4)
+    )
+    assert torch.equal(a, b) and torch.allclose(a, c, rtol=1e-4) and a.shape == (7,)
+    assert model.training
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["1 / 0", "raise SystemExit(3)", "this is no Python", "\0", "def f():\n    raise KeyError(1)"],
-)
-def test_modules_that_cannot_be_used_are_refused_in_one_line(module, tmp_path, text):
-    (tmp_path / "mine.py").write_text(text)
-    with pytest.raises(UsageError, match="^--features: mine:f: [^\n]+$"):
-        find_features("mine:f")
+def test_attributes_go_with_their_faces():
+    """A network that is told each image's mean grey can use it; told another's, it cannot."""
+    diffusion = Diffusion(50, prediction="eps")
+    images = np.repeat(np.arange(0, 250, 50, np.uint8), 8 * 8 * 3).reshape(5, 8, 8, 3)
+    greys = images[:, :1, 0, 0].astype(np.float32) / 127.5 - 1
+
+    def told(x_t, t, attributes):
+        signal, noise = diffusion.coefficients(t)
+        return (x_t - signal * attributes[:, :1, None, None]) / noise
+
+    right = held_out_loss(told, diffusion, images, greys, draws=3)
+    wrong = held_out_loss(told, diffusion, images, greys[::-1].copy(), draws=3)
+    assert right.max() < 1e-6 < wrong.mean()
 
 
-def test_none_means_no_features():
-    assert find_features("none") is None
+def test_noise_of_a_draw_follows_from_its_number():
+    diffusion, images, seen = Diffusion(50), toy_images(3, 8), []
 
+    def spy(x_t, t):
+        seen.append(x_t)
+        return x_t
 
-def test_inception_without_a_network_says_what_still_works(monkeypatch):
-    import torchmetrics.image.fid as fid
-
-    def offline(*_, **__):
-        raise urllib.error.URLError("no route to host")
-
-    monkeypatch.setattr(fid, "NoTrainInceptionV3", offline)
-    with pytest.raises(ResourceError, match="--features none"):
-        find_features("inception")
-
-
-def test_inception_is_asked_for_its_2048_features(monkeypatch):
-    import torchmetrics.image.fid as fid
-
-    class Stand(nn.Module):
-        def __init__(self, name, features_list):
-            super().__init__()
-            assert (name, features_list) == ("inception-v3-compat", ["2048"])
-
-        def forward(self, images):
-            assert images.dtype == torch.uint8
-            return means(images)
-
-    monkeypatch.setattr(fid, "NoTrainInceptionV3", Stand)
-    assert find_features("inception").of(random_images(2)).shape == (2, 12)
+    held_out_loss(spy, diffusion, images, no_attributes(images), torch.tensor([20, 40]), draws=2)
+    x_0 = to_x_0(torch.from_numpy(images[[0, 1, 2, 0]]))
+    eps = draw_noise(x_0.shape, image_generators(0, range(4)), "cpu")
+    assert torch.equal(seen[0], diffusion.q_sample(x_0, torch.tensor([20, 20, 40, 40]), eps))
