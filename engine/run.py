@@ -144,10 +144,12 @@ class Session(Run):
 
     def held_out_loss(self) -> dict[str, float]:
         """The averaged weights' loss on held-out faces, always with the same noise; {} without."""
-        some = self.faces.held_out[:200]
+        some, batch_size = self.faces.held_out[:200], self.config.batch_size
         if len(some) == 0:
             return {}
         timesteps = even_timesteps(self.diffusion.num_timesteps, LOSS_TIMESTEPS)
+        # All batches have one size, which fits if a batch fits in training.
+        sizes = [size for size in (1, 2, 4, 5, 8, 10, 20, 25, 40, 50) if size <= batch_size]
         losses = held_out_loss(
             self.state.ema.model,
             self.diffusion,
@@ -156,7 +158,7 @@ class Session(Run):
             timesteps=timesteps,
             draws=4,
             dtype=self.dtype,
-            batch_size=min(self.config.batch_size, 50),  # a batch that fits in training fits here
+            batch_size=sizes[-1],
         )
         return {"held_out_loss": float(losses.mean())}
 
