@@ -56,7 +56,8 @@ def write_fashion_mnist(root):
 
 
 def write_svhn(root):
-    io = pytest.importorskip("scipy.io")
+    from scipy import io
+
     root.mkdir(parents=True)
     images, labels = pixels(TRAINED + HELD_OUT, 32, 3), [i % 10 for i in range(10)]
     for name, part in (("train", slice(TRAINED)), ("test", slice(TRAINED, None))):
@@ -82,7 +83,8 @@ def write_stl10(root):
 
 
 def write_flowers102(root):
-    io = pytest.importorskip("scipy.io")
+    from scipy import io
+
     (root / "flowers-102" / "jpg").mkdir(parents=True)
     labels, images = np.arange(1, 11), []
     for number in range(1, 11):
@@ -166,7 +168,8 @@ def test_a_failed_download_and_a_missing_package_are_one_line(monkeypatch, any_c
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """The library, with its cache in a folder of the test."""
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     datasets.disable_progress_bars()
     return datasets
@@ -209,7 +212,8 @@ def test_a_folder_of_parquet_files_has_its_images_its_labels_and_its_split(hub, 
 
 
 def test_parquet_files_of_another_program_are_read(hub):
-    pandas = pytest.importorskip("pandas")
+    import pandas
+
     Path("mine").mkdir()
     rows = [{"bytes": jpeg(i, (16, 16)), "path": f"{i}.jpg"} for i in range(21)]
     pandas.DataFrame({"image": rows, "label": range(21)}).to_parquet("mine/0.parquet")
