@@ -35,7 +35,7 @@ from samplers import SAMPLERS
 from system import flags
 from system.cpu import keep_freed_memory
 from system.device import DEVICES, find_device
-from system.errors import UsageError, UserError, is_out_of_memory
+from system.errors import UsageError, UserError
 from utils import to_uint8
 
 try:
@@ -178,12 +178,8 @@ def shown(function: Callable) -> Callable:
     def wrapper(*args):
         try:
             yield from function(*args)
-        except Exception as error:
+        except UserError as error:
             text = re.sub(rf"{re.escape(tempfile.gettempdir())}\S*[\\/]", "", str(error))
-            if is_out_of_memory(error):
-                text = "The memory does not suffice. Fix: ask for fewer faces"
-            elif not isinstance(error, UserError):
-                raise
             raise gr.Error(html.escape(text), print_exception=False) from error
 
     return wrapper
@@ -353,7 +349,7 @@ def page(device: str = "auto") -> gr.Blocks:
         blocks.load(look_around, None, [controls[0], *runs], **PRIVATE)
     # The fonts are this machine's instead of Google's.
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
-    looks = dict(theme=theme, css=CSS, footer_links=[])
+    looks = dict(theme=theme, css=CSS, footer_links=[], show_error=True)
     limits = dict(max_file_size="20mb", allowed_paths=[], share=False)
     blocks.launch = partial(blocks.queue(max_size=30).launch, **looks, **limits)
     return blocks
@@ -449,7 +445,12 @@ def main() -> None:
     """The command line: AppConfig's flags."""
     config = flags.parse(AppConfig, sys.argv[1:], "A page to play with.")
     flags.check_ranges(config)
-    page(config.device).launch(server_name=config.host, server_port=config.port)
+    blocks = page(config.device)
+    try:
+        blocks.launch(server_name=config.host, server_port=config.port)
+    except OSError as error:
+        what = f"{config.port} of {config.host} is in use, or not of this machine"
+        raise UsageError("--port", what, "give another one, or another --host") from error
 
 
 if __name__ == "__main__":
