@@ -1,147 +1,152 @@
-"""Everything that only a GPU can tell, by one command: whether it is right, then how fast it is.
+"""What only a GPU can tell, by one command: whether the program is right there, and how fast.
 
-    python benchmarks/gpu.py                       # again and again, until it says that all is done
-    python benchmarks/gpu.py --wheels wheels       # no network: what is missing from that folder
-    python benchmarks/gpu.py --parts curves speed  # these anew
-    python benchmarks/gpu.py --toy --out toy       # every part at a size for a CPU
+    python benchmarks/gpu.py               # half an hour on an H100, by estimate
+    python benchmarks/gpu.py --toy         # every part at a size for a CPU, and on it
 
-The parts, the most important first, take 40 minutes together on an H100, by guess, and an hour at
-most. Each has a process of its own, and what it found is kept in --out at once: stopped, or when
---minutes are over, the same command goes on with the parts that are left. --out then holds
-gpu.json, gpu.md with all the tables, and what each part printed.
-"""
+Each part prints its result and a verdict, and writes them into <part>.json in --out. It has a
+process of its own, which ends with this one and when --minutes are over. Linux only."""
 
-import importlib.util
-import json
+import time
+
+STARTED = time.monotonic()  # before the slow imports
+
+import contextlib
+import multiprocessing
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
+import threading
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
+
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-# What a machine with torch may lack: modules and their packages.
-PACKAGES = {
-    "tyro": ["tyro", "docstring-parser", "typeguard"],
-    "simplejpeg": ["simplejpeg"],
-    "diffusers": ["diffusers", "importlib-metadata", "zipp"],
-    "denoising_diffusion_pytorch": ["denoising-diffusion-pytorch", "ema-pytorch", "pytorch-fid"],
-}
-
-
-def install_missing(wheels: Path) -> None:
-    """Install what cannot be imported from a folder of wheels, package by package and without what
-    they depend on: a big dependency that is there is not to be touched."""
-    for module, packages in PACKAGES.items():
-        if importlib.util.find_spec(module) is None:
-            for package in packages:
-                command = [sys.executable, "-m", "pip", "install", "--no-index", "--no-deps"]
-                subprocess.run([*command, "--find-links", str(wheels), package], check=False)
-
-
-if __name__ == "__main__" and "--wheels" in sys.argv[:-1]:  # before they are imported
-    install_missing(Path(sys.argv[sys.argv.index("--wheels") + 1]))
-
-from benchmarks.common import find_device, machine
-from benchmarks.gpu_parts import PARTS, GpuConfig, draw_pictures
+from benchmarks import speed
+from dataset import sources
 from system import flags
-from system.errors import UsageError
+from system.device import find_device
 from system.files import save_json
-from system.flags import check_ranges
-from system.terminal import say, table
+from system.terminal import say
+from train import DEMO, Config, train
+from utils import list_checkpoints, load_checkpoint
+
+FULL = dict(img_size=64, channels=128, channel_mults=(), batch_size=128, device="cuda")
+TOY = dict(img_size=8, channels=64, channel_mults=(1,), batch_size=4, device="cpu")
 
 
-def run_part(config: GpuConfig, name: str, seconds: float) -> dict:
-    """Let a process of its own do a part; what it printed is in NAME.txt. Returns what it found, or
-    that it "failed"."""
-    folder = Path(config.out)
-    found = folder / f"{name}.json"
-    found.unlink(missing_ok=True)
-    flags = ["--out", str(folder), "--parts", name, "--child", *(["--toy"] if config.toy else [])]
-    flags += ["--device", config.device] if config.device else []
-    started = time.monotonic()
-    with open(folder / f"{name}.txt", "w") as output:
-        command = [sys.executable, str(Path(__file__).resolve()), *flags]
-        options = dict(stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
-        process = subprocess.Popen(command, **options)
-        failed = ""
-        try:
-            code = process.wait(seconds)
-            failed = f"exit code {code}, see {name}.txt" if code else ""
-        except subprocess.TimeoutExpired:
-            failed = f"not done after {seconds:.0f} s"
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)  # it and what it started
-                process.wait()
-    result = json.loads(found.read_text()) if found.exists() and not failed else {}
-    return {**result, "failed": failed, "seconds": round(time.monotonic() - started, 1)}
+def measure(toy: bool, *rows: str, what: str = "training") -> list[dict]:
+    """The lines of speed.py for the default network, or at toy size."""
+    size = TOY | dict(rounds=1, steps=(2,)) if toy else FULL | dict(steps_per_round=8)
+    return speed.run(speed.SpeedConfig(what=what, rows=rows, **size), here=toy)
 
 
-def page(result: dict) -> str:
-    """All that was found, in markdown."""
-    lines = ["# On a GPU", "", result["machine"], ""]
-    for name, part in result["parts"].items():
-        lines += [f"## {name}", "", f"{PARTS[name].find_out.__doc__} ({part['seconds']} s)", ""]
-        lines += [f"- FAILED: {part['failed']}"] if part["failed"] else []
-        lines += [f"- {key}: {value}" for key, value in part.get("facts", {}).items()]
-        for rows in part.get("tables", []):
-            cells = [[str(cell) for cell in row.values()] for row in rows]
-            lines += ["", table([str(column) for column in rows[0]], cells)] if rows else []
-        lines.append("")
-    return "\n".join(lines)
+def run(toy: bool, name: str, steps: int, **changes) -> dict:
+    """Train on the prepared faces. Returns the last checkpoint."""
+    changes = FULL | changes | dict(save_every=10**6, sample_every=10**6, num_training_steps=steps)
+    changes |= dict(
+        experiment_name=f"runs/{name}", path_to_data="synthetic", log_every=max(1, steps // 4)
+    )
+    if toy:
+        sources.NUM_SYNTHETIC, changes = 100, changes | TOY
+    return load_checkpoint(list_checkpoints(train(Config(**changes)))[0])
 
 
-def run_parts(config: GpuConfig) -> bool:
-    """Do the parts that are left, as far as the minutes go. Returns whether none is left."""
-    folder = Path(config.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    path, started = folder / "gpu.json", time.monotonic()
-    result = {"machine": machine(find_device(config.device)), "parts": {}}
-    if path.exists():
-        result["parts"] = json.loads(path.read_text())["parts"]
-    wanted = config.parts or [name for name in PARTS if name not in result["parts"]]
-    for name in wanted:
-        left = config.minutes * 60 - (time.monotonic() - started)
-        if left < min(PARTS[name].seconds, config.minutes * 50) and not config.toy:
-            say(f"{name} and what follows wait for the next time: the same command again")
-            return False
-        say(f"{name} ...")
-        found = run_part(config, name, left)
-        result["parts"][name] = found
-        save_json(path, result)
-        (folder / "gpu.md").write_text(page(result))
-        again = f"; --parts {name} tries it anew" if found["failed"] else ""
-        say(f"{name}: {found['failed'] or 'done'}, {found['seconds']} s{again}")
-    return True
+def tests(toy: bool) -> tuple:
+    """The tests that need a GPU."""
+    command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider"]
+    command += ["-m", "gpu", *(["-k", "on_the_cpu"] if toy else []), str(ROOT / "tests/gpu")]
+    code = subprocess.run(command, cwd=ROOT).returncode
+    return code == 0, f"pytest ends with {code}", None
+
+
+def profile(toy: bool) -> tuple:
+    """Where the time of a step goes."""
+    rows = measure(toy, what="profile")
+    return True, f"{sum(row['ms of a step'] for row in rows):.1f} ms on the device", rows
+
+
+def training(toy: bool) -> tuple:
+    """Training beside diffusers' example in half precision, and Muon beside AdamW."""
+    rows = measure(toy, "ours", "ours-muon", "diffusers-half", "diffusers-advised")
+    times, rate = [*rows[0].values()][-1], rows[0]["% of matrix rate"]
+    verdict = f"{times:.2f} of 2.5 times diffusers, {rate:.0f} of 40 % of the matrix rate; Muon's "
+    verdict += f"step takes {rows[0]['images/s'] / rows[1]['images/s']:.2f} times AdamW's"
+    return times >= 2.5 and rate >= 40, verdict, rows
+
+
+def full_size(toy: bool) -> tuple:
+    """The defaults of train.py, as their user runs them."""
+    history = run(toy, "full_size", 4 if toy else 200, warmup_steps=10)["history"]
+    (_, first), (_, last), peak = history[0], history[-1], torch.cuda.max_memory_allocated() / 1e9
+    return last < first, f"loss {first:.3f} to {last:.3f}, memory up to {peak:.1f} GB", history
+
+
+def resume(toy: bool) -> tuple:
+    """A resumed run with dropout and AdamW beside an unbroken one, both with --deterministic."""
+    changes = DEMO | dict(batch_size=128, optimizer="adamw", dropout=0.1, attributes=())
+    changes |= dict(img_size=64, learning_rate=1e-3, lr_schedule="constant", deterministic=True)
+    steps = 4 if toy else 40
+    whole = run(toy, "whole", steps, **changes)["model"]
+    run(toy, "half", steps // 2, **changes)
+    half = run(toy, "half", steps, resume=True, **changes)["model"]
+    most = max(float((whole[name].double() - half[name]).abs().max()) for name in whole)
+    return most == 0, f"the weights differ by {most:.2g}", None
+
+
+def sampling(toy: bool) -> tuple:
+    """Sampling beside diffusers."""
+    rows = measure(toy, what="sampling")
+    return True, f"{rows[-1]['x diffusers']:.2f} times as fast as diffusers", rows
+
+
+PARTS = {part.__name__: part for part in (tests, profile, training, full_size, resume, sampling)}
+
+
+@dataclass(frozen=True)
+class GpuConfig:
+    """What to find out."""
+
+    parts: tuple[Literal[*PARTS], ...] = tuple(PARTS)  # what to find out, in this order
+    minutes: float = 30.0  # from the start of the process to its end
+    out: str = "gpu"  # folder of all that the parts write
+    toy: bool = False  # every part at a size for a CPU, and on it
+
+
+def do_part(config: GpuConfig, name: str) -> None:
+    """What the process of a part does. It and all that it starts end with the parent."""
+    os.setsid()
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: parent.join() or os.killpg(0, 9), daemon=True).start()
+    os.chdir(config.out)
+    shutil.rmtree("runs", ignore_errors=True)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path("compiled").resolve())
+    save_json(Path(f"{name}.json"), {"verdict": "failed: not finished"})
+    passed, verdict, result = PARTS[name](config.toy)
+    verdict = f"{'passed' if passed else 'failed'}: {verdict}"
+    save_json(Path(f"{name}.json"), {"verdict": verdict, "result": result})
+    say(f"{name}: {verdict}")
 
 
 def main() -> None:
-    """The command line."""
-    description = "Everything that only a GPU can tell. Parts: " + ", ".join(PARTS)
-    config = flags.parse(GpuConfig, sys.argv[1:], description)
-    check_ranges(config)
-    if unknown := [name for name in config.parts if name not in PARTS]:
-        raise UsageError("--parts", f"{unknown[0]!r} is none", f"choose of {', '.join(PARTS)}")
-    if not config.child:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: its part ends with it
-        if run_parts(config):
-            say(f"all parts are done: {config.out}/gpu.md")
-        return
-    work = Path(config.out).resolve() / "work" / config.parts[0]
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    found = (Path(config.out) / f"{config.parts[0]}.json").resolve()
-    os.chdir(work)
-    if config.toy:
-        draw_pictures()
-    save_json(found, PARTS[config.parts[0]].find_out(config))
-    os.chdir(found.parent)
-    shutil.rmtree(work)  # gigabytes of checkpoints
+    """The command line: GpuConfig's flags."""
+    config = flags.parse(GpuConfig, sys.argv[1:], "What only a GPU can tell, in parts.")
+    find_device("cpu" if config.toy else "cuda")  # raises UsageError if there is none
+    os.makedirs(config.out, exist_ok=True)
+    for name in config.parts:
+        part = multiprocessing.get_context("spawn").Process(target=do_part, args=(config, name))
+        part.start()
+        part.join(max(0, config.minutes * 60 - (time.monotonic() - STARTED)))
+        if part.exitcode != 0:
+            say(f"{name}: failed: {part.exitcode or 'no time left'}")
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(part.pid, 9)  # and what it has left behind
+        part.kill()
+        part.join()
 
 
 if __name__ == "__main__":

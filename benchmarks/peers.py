@@ -1,10 +1,14 @@
-"""Ways to train the same network: this project's step, diffusers', denoising-diffusion-pytorch's,
-each as its own code takes it. `train_speed.py` gives each of them a process of its own.
+"""Three ways to train a network: the step of this project, of diffusers' unconditional example, and
+of denoising-diffusion-pytorch's Trainer, each as its own code takes it.
 
     pip install -r requirements-test.txt denoising-diffusion-pytorch
 """
 
+import contextlib
 import copy
+import importlib.util
+import io
+import math
 
 import numpy as np
 import torch
@@ -13,28 +17,31 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.common import empty_cache, peak_memory, seconds_of
+from benchmarks.common import seconds_of
 from dataset.faces import Batches, Faces
 from diffusion import Diffusion
-from engine.safety import Watch
+from engine.log import Meter
+from engine.run import Run
 from engine.state import diffusion_arguments, make_state, unet_arguments
 from formats.diffusers_folder import to_diffusers
-from system.device import autocast_dtype, set_up_device
+from system.cpu import pinned_threads
+from system.device import autocast_dtype, compile_network, set_up_device
 from system.errors import UsageError
-from system.threads import a_core_each
-from train import Config, check_config, train_step
+from train import Config, check_config, loss_of, train_step
 from unet import UNet, default_channel_mults
 
-DTYPES = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = {None: "float32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+# As diffusers names them.
+SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
+SCHEDULERS = {"ddim": "DDIMScheduler", "dpm++": "DPMSolverMultistepScheduler"}
+SCHEDULERS["ddpm"] = "DDPMScheduler"
 
 
 def make_config(img_size: int, channels: int, channel_mults: tuple[int, ...], **changes) -> Config:
-    """The constants of a network that diffusers can build as well, without dropout, which the peers
-    have none of by default. Raises UsageError."""
+    """The constants of a network that diffusers can build too, without dropout, because the peers
+    train without it. Raises UsageError."""
     if channels < 64 or channels % 32:
-        fix = (
-            "give 64, 96, 128 or so: diffusers' norms have 32 groups, of two channels or more here"
-        )
+        fix = "give a multiple of 32 from 64 on, because diffusers' norms have 32 groups"
         raise UsageError("--channels", f"is {channels}", fix)
     mults = channel_mults or default_channel_mults(img_size)
     shape = dict(img_size=img_size, channels=channels, channel_mults=mults, dropout=0.0)
@@ -43,8 +50,16 @@ def make_config(img_size: int, channels: int, channel_mults: tuple[int, ...], **
     return config
 
 
+def installed(name: str) -> bool:
+    """Whether a peer can be imported; prints a line if it cannot."""
+    found = importlib.util.find_spec(name.replace("-", "_")) is not None
+    if not found:
+        print(f"{name} is left out, because it is not installed. Fix: pip install {name}")
+    return found
+
+
 def random_faces(count: int, img_size: int) -> Faces:
-    """Random pixels: they cost a step what faces cost it."""
+    """Random pixels: a step takes as long on them as on faces."""
     size = (count, img_size, img_size, 3)
     images = np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8)
     nothing, everyone = np.empty((count, 0), np.float32), np.arange(count)
@@ -52,8 +67,8 @@ def random_faces(count: int, img_size: int) -> Faces:
 
 
 def diffusers_network(model: UNet) -> nn.Module:
-    """diffusers' UNet2DModel of a network's shape, with its weights."""
-    from diffusers import UNet2DModel  # here: only where diffusers is installed
+    """diffusers' UNet2DModel with the shape and the weights of our network."""
+    from diffusers import UNet2DModel
 
     config, weights = to_diffusers(model)
     network = UNet2DModel(**config)
@@ -62,10 +77,9 @@ def diffusers_network(model: UNet) -> nn.Module:
 
 
 def forward_flops(model: nn.Module, img_size: int) -> int:
-    """Floating-point operations of a forward pass for one image, two for each product and sum.
+    """Floating-point operations of a forward pass for one image; a product and a sum are two.
 
-    Counted on the meta device, where every network takes its plain path: no fused kernel that the
-    counter might not know, and no products that stand in for sums on a CPU."""
+    They are counted on the meta device, where every network uses plain operations only."""
     shadow = copy.deepcopy(model).to("meta", memory_format=torch.contiguous_format)
     x_t = torch.empty(1, 3, img_size, img_size, device="meta")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -77,112 +91,68 @@ class Row:
     """One way to train. A subclass sets these, and `step` makes one update of the network."""
 
     device: torch.device
-    precision: str  # one of DTYPES
     network: nn.Module  # not compiled
-    label = ""  # more about it, for the table
-    same_network = True  # as the other rows'
     flops: int  # of a forward pass for one image
-
-    def step(self) -> None:
-        raise NotImplementedError
+    dtype: torch.dtype | None = None  # half precision to compute in
+    same_network = True  # as that of the other rows
 
     def about(self) -> dict:
-        """What is compared before anything is timed."""
+        """What the table says besides the time; memory: the most bytes of tensors on the GPU."""
         weights = sum(p.numel() for p in self.network.parameters())
         about = {"weights": weights, "flops": self.flops, "same_network": self.same_network}
-        return about | {"precision": self.precision, "label": self.label}
+        memory = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0
+        return about | {"precision": PRECISIONS[self.dtype], "memory": memory}
 
     def time(self, steps: int) -> float:
-        """Seconds for a step, the mean of `steps` after one that warms up."""
-        self.step()
-        seconds = seconds_of(self.step, self.device, steps)
-        empty_cache(self.device)
-        return seconds
-
-    def memory(self) -> int:
-        return peak_memory(self.device)
+        """Seconds of a step: the mean of `steps`, after one that is not timed."""
+        with pinned_threads(self.device):
+            self.step()
+            return seconds_of(self.step, self.device, steps)
 
 
 class Ours(Row):
-    """This project, as `train.train` runs it: batch, noise, step, average, log."""
+    """This project, as `train.train` runs it: batch, step, log."""
 
     def __init__(self, config: Config, device: torch.device):
         set_up_device(device)
-        self.config, self.device = config, device
+        self.device = device
         faces = random_faces(8 * config.batch_size, config.img_size)
-        self.batches = Batches(faces, config.batch_size, config.seed, device=device)
-        self.diffusion = Diffusion(**diffusion_arguments(config), device=device)
+        state = make_state(config, device, unet_arguments(config))
         self.dtype = autocast_dtype(config.mixed_precision, device)
-        self.precision = next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
-        self.state = make_state(config, device, fp16=self.dtype == torch.float16)
-        self.network = self.state.model
+        self.run = Run(
+            config=config,
+            state=state,
+            diffusion=Diffusion(**diffusion_arguments(config), device=device),
+            batches=Batches(faces, config.batch_size, config.seed, device),
+            forward=state.model,
+            dtype=self.dtype,
+        )
+        self.network = state.model
         self.flops = forward_flops(self.network, config.img_size)
         if config.compile and device.type == "cuda":
-            self.network.compile()
-        self.watch = Watch(device, patience=20)
-
-    def time(self, steps: int) -> float:
-        with a_core_each(self.device):
-            return super().time(steps)
+            compile_network(self.network, lambda: loss_of(self.run, 0))
+        self.meter = Meter(device)
 
     def step(self) -> None:
-        self.step_on(self.batches)
-
-    def step_on(self, batches) -> None:
-        """One update, on what `batches(index)` returns."""
-        state, diffusion, network = self.state, self.diffusion, self.network
-        self.watch.add(*train_step(self.config, state, diffusion, batches, network, self.dtype))
-
-    def parts(self) -> dict[str, float]:
-        """Seconds of what a step does besides the network, each measured alone."""
-        parameters = list(self.network.parameters())
-        for parameter in parameters:
-            parameter.grad = torch.full_like(parameter, 1e-3)
-        limit, scalar = self.config.max_grad_norm, torch.ones((), device=self.device)
-        calls = {
-            "EMA update": lambda: self.state.ema.update(self.network),
-            "clipping": lambda: clip_grad_norm_(parameters, limit, foreach=True),
-            "logging": lambda: self.watch.add(scalar, scalar),
-            "batch": lambda: self.batches(0),
-        }
-        seconds = {}
-        for name, call in calls.items():
-            call()
-            seconds[name] = seconds_of(call, self.device, times=20)
-        self.state.optimizer.zero_grad()
-        return seconds
-
-    def time_constant(self, steps: int) -> float:
-        """As `time`, on one batch that lies ready."""
-        batch = self.batches(0)
-        with a_core_each(self.device):
-            self.step_on(lambda index: batch)
-            seconds = seconds_of(lambda: self.step_on(lambda index: batch), self.device, steps)
-        empty_cache(self.device)
-        return seconds
-
-    def synchronises(self) -> str:
-        """What in a step waits for the GPU, or nothing."""
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            self.step()
-        except RuntimeError as error:
-            return str(error).split("\n")[0]
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        return ""
+        """One update, as in the loop of `train.train`."""
+        loss, grad_norm = train_step(self.run)
+        self.meter(loss=loss, grad_norm=grad_norm)
 
 
 class Diffusers(Row):
     """diffusers' UNet2DModel, trained as its examples/unconditional_image_generation does.
 
-    advised: with what its documents advise for speed. The batch lies ready on the device."""
+    half: in half precision if the device has it; advised: with what diffusers' documentation
+    recommends for speed. Until `feed` is called it trains on one batch, ready on the device."""
 
-    def __init__(self, config: Config, device: torch.device, precision: str, advised: bool = False):
+    def __init__(
+        self, config: Config, device: torch.device, half: bool = True, advised: bool = False
+    ):
         from diffusers import DDPMScheduler
         from diffusers.training_utils import EMAModel
 
-        self.device, self.precision, self.advised = device, precision, advised
+        self.config, self.device, self.advised = config, device, advised
+        self.dtype = autocast_dtype("fp16" if half else "no", device)
         on_gpu = device.type == "cuda"
         if advised and on_gpu:
             torch.backends.cuda.matmul.allow_tf32 = True
@@ -199,28 +169,34 @@ class Diffusers(Row):
         self.ema = EMAModel(self.network.parameters(), decay=0.9999, **options)
         self.ema.to(device)
         self.scheduler = DDPMScheduler(config.num_timesteps)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         if advised and on_gpu:
             self.network.compile()
         shape = (config.batch_size, 3, config.img_size, config.img_size)
         self.clean = torch.rand(shape, device=device) * 2 - 1
 
+    def feed(self, x_0: Tensor, step: int, progress: float) -> None:
+        """Take the next batch, and set the learning rate of the example: 500 steps of warm-up, then
+        a cosine over the training. progress: the share of the training that is done."""
+        self.clean = x_0
+        for group in self.optimizer.param_groups:
+            group["lr"] = 1e-4 * min(1, (step + 1) / 500) * 0.5 * (1 + math.cos(math.pi * progress))
+
     def step(self) -> None:
-        """One update, as in the example's loop."""
-        # The noise, the times, the noisy images.
+        """One update, as in the loop of the example."""
+        # The noise, the timesteps, the noisy images.
         noise, count = torch.randn_like(self.clean), len(self.clean)
-        times = torch.randint(0, len(self.scheduler.betas), (count,), device=self.device)
-        noisy = self.scheduler.add_noise(self.clean, noise, times)
+        t = torch.randint(0, len(self.scheduler.betas), (count,), device=self.device)
+        noisy = self.scheduler.add_noise(self.clean, noise, t)
         noisy = noisy.to(memory_format=self.format)
 
-        # The network and the loss, which accelerate keeps in float32.
-        dtype = DTYPES[self.precision]
-        with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
-            guess = self.network(noisy, times).sample
+        # The network, and the loss in float32, as accelerate computes it.
+        with self.autocast():
+            guess = self.network(noisy, t).sample
         loss = F.mse_loss(guess.float(), noise)
         self.scaler.scale(loss).backward()
 
-        # The update, the average, and the loss for the progress bar, at each step in the example.
+        # The update and the average. The example reads the loss in each step for its progress bar.
         self.scaler.unscale_(self.optimizer)
         clip_grad_norm_(self.network.parameters(), 1.0)
         self.scaler.step(self.optimizer)
@@ -230,32 +206,58 @@ class Diffusers(Row):
         if not self.advised:
             loss.item()
 
+    def autocast(self) -> torch.autocast:
+        """The precision of the network."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
+
+    def parts(self) -> dict:
+        """All that training changes."""
+        names = ("network", "optimizer", "ema", "scaler")
+        return {name: getattr(self, name) for name in names}
+
+    def generate(self, steps: int, count: int, seed: int) -> Tensor:
+        """(count, 3, H, W) in [-1, 1] on the CPU, by its DDPMPipeline from the averaged weights."""
+        parameters = list(self.network.parameters())
+        self.ema.store(parameters)
+        self.ema.copy_to(parameters)
+        with self.autocast():
+            images = pipeline_images(self.network, self.config, "ddpm", steps, count, seed)
+        self.ema.restore(parameters)
+        return images
+
+
+def pipeline_images(
+    network: nn.Module, config: Config, sampler: str, steps: int, count: int, seed: int, **options
+) -> Tensor:
+    """(count, 3, H, W) in [-1, 1] on the CPU, by diffusers' pipeline of a sampler, a name in
+    SCHEDULERS, from the noise of the seed."""
+    import diffusers
+
+    make = getattr(diffusers, SCHEDULERS[sampler])
+    scheduler = make(config.num_timesteps, beta_schedule=SCHEDULES[config.noise_schedule])
+    make = diffusers.DDIMPipeline if sampler == "ddim" else diffusers.DDPMPipeline
+    pipeline = make(network, scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(seed)
+    options |= dict(num_inference_steps=steps, generator=generator, output_type="np")
+    images = pipeline(batch_size=count, **options).images
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() * 2 - 1
+
 
 class DenoisingDiffusionPytorch(Row):
-    """denoising-diffusion-pytorch's network, as its Trainer trains it: in float32, its default.
+    """denoising-diffusion-pytorch's Unet, as its Trainer trains it: in float32, its default.
 
-    Its network cannot be ours; it gets our stages and the width whose FLOPs come nearest."""
+    The network cannot be ours: it has our stages and our width in the first of them."""
 
-    precision = "float32"
     same_network = False
 
     def __init__(self, config: Config, device: torch.device):
         from denoising_diffusion_pytorch import GaussianDiffusion, Unet
         from ema_pytorch import EMA
 
-        def make(dim: int) -> nn.Module:
-            return Unet(dim, dim_mults=config.channel_mults)
-
-        def distance(dim: int) -> int:
-            with torch.device("meta"):
-                return abs(forward_flops(make(dim), config.img_size) - wanted)
-
-        with torch.device("meta"):
-            wanted = forward_flops(UNet(**unet_arguments(config)), config.img_size)
-        dim = min(range(8, 2 * config.channels + 1, 8), key=distance)
-        self.device, self.label = device, f"dim {dim}"
+        self.device = device
         torch.manual_seed(config.seed)
-        self.network = make(dim)
+        self.network = Unet(config.channels, dim_mults=config.channel_mults)
         self.flops = forward_flops(self.network, config.img_size)
         options = dict(image_size=config.img_size, timesteps=config.num_timesteps)
         self.diffusion = GaussianDiffusion(self.network, **options).to(device)
@@ -265,48 +267,32 @@ class DenoisingDiffusionPytorch(Row):
         shape = (config.batch_size, 3, config.img_size, config.img_size)
         self.images = torch.rand(shape, device=device)  # in [0, 1], as it wants them
 
+    def feed(self, x_0: Tensor, step: int, progress: float) -> None:
+        """Take the next batch; the learning rate is constant."""
+        self.images = (x_0 + 1) / 2
+
     def step(self) -> None:
-        """One update, as in its Trainer's loop."""
+        """One update, as in the loop of its Trainer."""
         loss = self.diffusion(self.images)
-        loss.item()  # its Trainer does
+        loss.item()  # as its Trainer does
         loss.backward()
         clip_grad_norm_(self.diffusion.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.ema.update()
 
+    def parts(self) -> dict:
+        """All that training changes; the average holds the network too."""
+        return {"optimizer": self.optimizer, "ema": self.ema}
 
-class Machine:
-    """What the machine can do, in TFLOP/s: matrix products, and 3x3 convolutions of the network's
-    size, forward and backward."""
+    def generate(self, steps: int, count: int, seed: int) -> Tensor:
+        """(count, 3, H, W) in [-1, 1] on the CPU, by its sampler from the averaged weights: DDIM
+        for fewer steps than the network was trained with."""
+        torch.manual_seed(seed)
+        model = self.ema.ema_model
+        model.sampling_timesteps, model.is_ddim_sampling = steps, steps < model.num_timesteps
+        with contextlib.redirect_stderr(io.StringIO()):  # a progress bar for each batch
+            return (model.sample(batch_size=count) * 2 - 1).cpu()
 
-    def __init__(self, config: Config, device: torch.device):
-        self.device = device
-        self.side = 8192 if device.type == "cuda" else 2048
-        width = config.channels * max(config.channel_mults[:2])
-        self.shape = (config.batch_size, width, config.img_size // 2, config.img_size // 2)
 
-    def rates(self, precision: str) -> tuple[float, float]:
-        """Of matrix products and of convolutions, in TFLOP/s, the best of three."""
-        dtype = DTYPES[precision] or torch.float32
-        times = 10 if self.device.type == "cuda" else 1
-        options = dict(device=self.device, dtype=dtype)
-        a, b = (torch.randn(self.side, self.side, **options) for _ in range(2))
-        x, width = torch.randn(self.shape, **options), self.shape[1]
-        x = x.to(memory_format=torch.channels_last).requires_grad_()
-        weight = torch.randn(width, width, 3, 3, **options) / width
-        weight = weight.to(memory_format=torch.channels_last).requires_grad_()
-        upstream = torch.ones_like(x)
-
-        def convolve() -> tuple[Tensor, ...]:
-            return torch.autograd.grad(F.conv2d(x, weight, padding=1), (x, weight), upstream)
-
-        def best(call) -> float:
-            call()
-            return min(seconds_of(call, self.device, times) for _ in range(3))
-
-        pixels = x.numel() // width
-        products = 2 * self.side**3 / best(lambda: a @ b) / 1e12
-        convolutions = 3 * 2 * 9 * width**2 * pixels / best(convolve) / 1e12
-        empty_cache(self.device)
-        return products, convolutions
+PEERS = {"diffusers": Diffusers, "denoising-diffusion-pytorch": DenoisingDiffusionPytorch}

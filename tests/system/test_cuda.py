@@ -1,12 +1,11 @@
-"""What is promised for CUDA GPUs, as far as a machine without one can tell. The tests at the end
-need a GPU: pytest -m gpu -n 0."""
+"""What is promised for CUDA GPUs, as far as a machine without one can tell; tests/gpu has the
+tests that need one."""
 
 import copy
 import os
 import runpy
 import sys
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -274,56 +273,3 @@ def test_a_run_on_a_gpu_tries_its_network_before_the_first_step(monkeypatch, cap
         session.prepare_network(run, lambda run, number: f"loss {number}")
     ((_, loss),) = compiled
     assert loss() == "loss 0" and capsys.readouterr().out.splitlines()[1:] == told
-
-
-# On a GPU itself ----------------------------------------------------------------------------------
-
-
-GPU = pytest.param("cuda", marks=pytest.mark.gpu)
-
-
-@pytest.fixture(params=[GPU, pytest.param("cpu", marks=pytest.mark.slow)])
-def device(request, kept_settings):
-    """`pytest -m gpu`: the GPU; `-m slow`: the CPU, where they must pass, too."""
-    return torch.device(request.param)
-
-
-@pytest.mark.parametrize("dtype, near", [(None, 1e-3), (torch.bfloat16, 0.1)])
-def test_the_network_computes_what_it_does_on_the_cpu(device, dtype, near):
-    torch.manual_seed(0)
-    network = UNet(16, 64, (1, 2), num_res_blocks=1).eval()
-    x_t, t = torch.randn(3, 3, 16, 16), torch.tensor([0, 500, 999])
-    torch.set_float32_matmul_precision("highest")
-    with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        for parameter in network.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
-        expected = network(x_t, t)
-        network.to(device)
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            output = network(x_t.to(device), t.to(device)).float().cpu()
-    assert expected.std() > 0.1
-    assert (output - expected).abs().max() < near * expected.abs().max()
-
-
-@pytest.mark.parametrize("precision", ["fp16", "bf16", "no"])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_updates_on_the_device_wait_for_nothing_and_learn(device, precision, optimizer):
-    changes = dict(channels=64, batch_size=8, warmup_steps=0, num_training_steps=10**6)
-    changes |= dict(mixed_precision=precision, optimizer=optimizer)
-    run = small_run(device, autocast_dtype(precision, device), **changes)
-    batch = run.batches(0)
-    run.batches = lambda number: batch
-    first = train_step(run)[0].item()
-    mode = torch.cuda.set_sync_debug_mode if device.type == "cuda" else lambda _: None
-    mode("error")
-    for _ in range(20):
-        loss, _ = train_step(run)
-    mode("default")
-    assert loss.item() < first
-
-
-def test_a_run_on_the_device_is_saved_and_resumed(device, here):
-    config = tiny(device=device.type, num_training_steps=2, mixed_precision="fp16")
-    train(config)
-    train(replace(config, num_training_steps=3, resume=True))
-    assert (here / "run" / "checkpoints" / "step_00000003.pt").exists()

@@ -1,18 +1,21 @@
-"""How far the images of one checkpoint after another are from the faces it was trained on.
+"""How far the images of each checkpoint are from the faces that it was trained on.
 
-    python benchmarks/distances.py --checkpoints celeba/checkpoints/* --path_to_data celeba \\
-        --features face_features:load --feature_size 64               # a run's curve
-    python benchmarks/distances.py --checkpoints celeba_32 --steps 5 10 50 --autoguidance 1 1.3
+    python benchmarks/curve.py --checkpoints celeba/checkpoints/* --path_to_data celeba \\
+        --features my_features:load --feature_size 64                   # the curve of a run
+    python benchmarks/curve.py --checkpoints celeba --steps 5 10 50 --autoguidance 1 1.3
 
-Each is sampled by every number of `dpm++`'s steps and every strength of its run's guide, from the
-same noise, a network that knows attributes for those of training faces; the reference is all faces
-trained on. The held-out loss stands beside them. evaluate.py measures one checkpoint, and more."""
+Each checkpoint generates from the same noise, with every number of steps of `dpm++` and every
+strength of its run's guide; a network that knows attributes gets those of training faces. The
+reference is all faces of the training. The table shows the held-out loss too, and how near the
+images are to training faces: the share of copies, by pixels. evaluate.py measures one checkpoint,
+and more of it."""
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -21,9 +24,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import machine
 from dataset.faces import Faces, load_faces
+from formats.features import Features, find_features
 from generate import Trained, add_guide, generate, load_trained
-from metrics import Features, find_features, frechet_distance, loss_at_all_t
+from metrics import copies, frechet_distance, held_out_loss, nearest_pixels
 from system import flags
+from system.device import DEVICES, find_device
 from system.errors import UsageError
 from system.files import check_writable, save_json
 from system.flags import check_ranges, constant
@@ -32,7 +37,7 @@ from utils import to_uint8
 
 
 @dataclass(frozen=True)
-class DistancesConfig:
+class CurveConfig:
     """What to measure, and how."""
 
     checkpoints: tuple[str, ...] = ("",)  # runs, files in them, weights' names; "": the newest run
@@ -43,8 +48,9 @@ class DistancesConfig:
     loss_draws: int = constant(2, least=0)  # held-out faces at each t; 0: no held-out loss
     features: str = "inception"  # for the distances, as for evaluate.py
     feature_size: int = constant(0, least=0)  # pixels images are resized to first; 0: as they are
-    seed: int = constant(0, least=0)  # image i depends on (seed, i) alone
-    out: str = "distances.json"  # what was measured
+    seed: int = constant(0, least=0)  # image i depends on (seed, i) only
+    out: str = "curve.json"  # what was measured
+    device: Literal[*DEVICES] = "auto"  # auto: cuda if there is one, else cpu
 
 
 def distance(reference: np.ndarray, vectors: np.ndarray, groups: int = 10) -> tuple[float, float]:
@@ -55,76 +61,79 @@ def distance(reference: np.ndarray, vectors: np.ndarray, groups: int = 10) -> tu
     return frechet_distance(reference, vectors), float(np.std(without) * (groups - 1) ** 0.5)
 
 
-def distances(
+def generated(
     trained: Trained,
     faces: Faces,
-    features: Features,
     num_images: int,
     steps: Iterable[int],
     autoguidance: Iterable[float],
     seed: int = 0,
-) -> dict[str, tuple[float, float]]:
-    """Of a network's images to the faces for training, with its error, by steps and by strength of
-    the run's guide."""
-    reference = features.cached(faces.images, faces.train, faces.key)
-    options, measured = {}, {}
+) -> Iterator[tuple[str, np.ndarray]]:
+    """A name and the images, (N, S, S, 3) uint8, for each number of steps and each strength of the
+    run's guide."""
+    options = {}
     if trained.attribute_names:
         asked = np.random.default_rng(seed).choice(faces.train, num_images)
         options["attributes"] = torch.from_numpy(faces.attributes[asked])
     for count, strength in product(steps, autoguidance):
         guided = trained if strength == 1 else add_guide(trained, strength=strength)
         parts = generate(guided, range(num_images), seed, steps=count, **options)
-        pixels = torch.cat([to_uint8(part) for part in parts]).numpy()
         name = f"{count} steps" + (f", guided at {strength:g}" if strength != 1 else "")
-        measured[name] = distance(reference, features.of(pixels))
-    return measured
+        yield name, torch.cat([to_uint8(part) for part in parts]).numpy()
 
 
-def cells(measured: dict[str, tuple[float, float]]) -> list[str]:
-    """A row's cells."""
-    return [f"{value:.3f} ± {error:.3f}" for value, error in measured.values()]
+def cells(distances: dict[str, tuple[float, float]]) -> list[str]:
+    """Distances with their errors, as cells of a table."""
+    return [f"{value:.3f} ± {error:.3f}" for value, error in distances.values()]
 
 
-def measure(config: DistancesConfig) -> list[dict]:
-    """Measure every checkpoint, keep what was found, and print it. Raises UserError."""
+def features_of(spec: str, size: int, device: str) -> Features:
+    """The features for the distances. Raises UsageError for "none"."""
+    if (features := find_features(spec, size, device)) is None:
+        raise UsageError("--features", "is none", "name some, as for evaluate.py")
+    return features
+
+
+def measure(config: CurveConfig) -> list[dict]:
+    """Measure every checkpoint, write what was found, and print it. Raises UserError."""
     check_ranges(config)
     check_writable(Path(config.out), "--out")
-    networks = [load_trained(checkpoint or None) for checkpoint in config.checkpoints]
-    features = find_features(config.features, config.feature_size)
-    if features is None:
-        raise UsageError("--features", "is none", "name some, as for evaluate.py")
-    results = []
+    device, results = find_device(config.device), []
+    networks = [load_trained(path or None, device=device) for path in config.checkpoints]
+    features = features_of(config.features, config.feature_size, device.type)
     for trained in networks:
         settings = trained.settings
         data = (config.path_to_data, trained.img_size, settings["only"], settings["attributes"])
         faces = load_faces(*data)
         if faces.fingerprint != settings["faces"]:
             say(f"note: {trained.path} was trained on other faces ({settings['faces']})")
-        result = {"checkpoint": str(trained.path), "step": trained.step}
+        result = {"checkpoint": str(trained.path), "step": trained.step, "distances": {}}
         if config.loss_draws and len(faces.held_out):
             held_out = faces.images[faces.held_out], faces.attributes[faces.held_out]
-            loss = loss_at_all_t(trained, trained.diffusion, *held_out, draws=config.loss_draws)
-            result["held_out_loss"] = float(loss.loss.mean())
+            losses = held_out_loss(trained, trained.diffusion, *held_out, draws=config.loss_draws)
+            result["held_out_loss"] = float(losses.mean())
+        reference = features.cached(faces.images, faces.train, faces.key)
         wanted = (config.num_images, config.steps, config.autoguidance, config.seed)
-        result["distances"] = distances(trained, faces, features, *wanted)
+        for name, images in generated(trained, faces, *wanted):
+            result["distances"][name] = distance(reference, features.of(images))
+        _, near = nearest_pixels(images, faces.images, faces.train, device.type)  # the last images
+        result["copies"] = copies(near)["copies"]
         results.append(result)
         save_json(Path(config.out), {"config": asdict(config), "results": results})
-    columns = ["checkpoint", "step", "held-out loss"]
+    columns = ["checkpoint", "step", "held-out loss", "copies"]
     columns += [f"distance, {name}" for name in results[0]["distances"]]
     rows = []
     for one in results:
         loss = f"{one['held_out_loss']:.4f}" if "held_out_loss" in one else ""
-        rows.append([one["checkpoint"], f"{one['step']:,}", loss, *cells(one["distances"])])
-    say(table(columns, rows))
+        row = [one["checkpoint"], f"{one['step']:,}", loss, f"{one['copies']:.1%}"]
+        rows.append([*row, *cells(one["distances"])])
+    say(f"{table(columns, rows)}\n{machine(device)}")
     return results
 
 
 def main() -> None:
-    """The command line: DistancesConfig's flags."""
-    config = flags.parse(DistancesConfig, sys.argv[1:], "Measure one checkpoint after another.")
-    here = machine(torch.device("cpu"))
-    measure(config)
-    say(here)
+    """The command line: CurveConfig's flags."""
+    measure(flags.parse(CurveConfig, sys.argv[1:], "Measure one checkpoint after another."))
 
 
 if __name__ == "__main__":
