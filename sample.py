@@ -104,7 +104,7 @@ def sample_with(config: SampleConfig, processes: Processes) -> Path:
         ends = [noise_of(trained, end, config.seed, **way) for end in config.interpolate]
         options["x_T"] = between(*ends, columns)
     elif config.sheet:
-        columns = config.num_images
+        columns, beside = config.num_images, []  # every row has its label
         labels, numbers, options["attributes"] = sheet(trained.attribute_names, columns, attributes)
     elif out.suffix == ".gif":
         if processes.is_main:
