@@ -302,16 +302,18 @@ def watch(first: str | None, second: str | None, share: float):
 # The page ----------------------------------------------------------------------------------------
 
 
-class Canvas(gr.ImageEditor):
-    """Gradio's editor, to paint on what the page puts there. Its value has files, not images."""
+def make_canvas(**options) -> gr.ImageEditor:
+    """Gradio's image editor, whose value has files instead of images: Gradio would decode whatever
+    a browser sends."""
+    canvas = gr.ImageEditor(**options)
 
-    is_template = True
-
-    def convert_and_format_image(self, file, flatten_on_white: bool = False) -> str | None:
-        """The file of what a browser sent. Gradio would decode it, whatever it is."""
+    def keep_file(file, flatten_on_white: bool = False) -> str | None:
         if isinstance(file, bytes):
-            return gr.processing_utils.save_bytes_to_cache(file, "painted.png", self.GRADIO_CACHE)
+            return gr.processing_utils.save_bytes_to_cache(file, "painted.png", canvas.GRADIO_CACHE)
         return file and file.path
+
+    canvas.convert_and_format_image = keep_file
+    return canvas
 
 
 def page(device: str = "auto") -> gr.Blocks:
@@ -394,7 +396,7 @@ def edit_tab(starts: Callable, weights: gr.Dropdown, upload: Callable) -> list:
     given, face = gr.UploadButton("Upload a face", file_types=["image"], size="sm"), gr.State()
     brush = gr.Brush(40, ["#ff3b30"], color_mode="fixed")
     about = dict(brush=brush, sources=(), transforms=(), layers=False, format="png")
-    canvas = Canvas(type="filepath", canvas_size=(CANVAS, CANVAS), height=460, **about)
+    canvas = make_canvas(type="filepath", canvas_size=(CANVAS, CANVAS), height=460, **about)
     text = "of a variation: 1 keeps nothing of the face"
     strength = gr.Slider(0.05, 1, 0.5, step=0.05, label="Strength", info=text)
     names = dict(repair="Repair what is painted", vary="Vary all", change="Change attributes")
