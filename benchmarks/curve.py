@@ -6,9 +6,8 @@
 
 Each checkpoint generates from the same noise, with every number of steps of `dpm++` and every
 strength of its run's guide; a network that knows attributes gets those of training faces. The
-reference is all faces of the training. The table shows the held-out loss too, and how near the
-images are to training faces: the share of copies, by pixels. evaluate.py measures one checkpoint,
-and more of it."""
+reference is all faces of the training. The table shows the held-out loss and the share of copies by
+pixels too. evaluate.py measures more of one checkpoint."""
 
 import sys
 from collections.abc import Iterable, Iterator
@@ -61,6 +60,15 @@ def distance(reference: np.ndarray, vectors: np.ndarray, groups: int = 10) -> tu
     return frechet_distance(reference, vectors), float(np.std(without) * (groups - 1) ** 0.5)
 
 
+def faces_of(trained: Trained, path_to_data: str) -> Faces:
+    """The faces that a network was trained on. Prints a note if path_to_data has others."""
+    settings = trained.settings
+    faces = load_faces(path_to_data, trained.img_size, settings["only"], settings["attributes"])
+    if faces.fingerprint != settings["faces"]:
+        say(f"note: {trained.path} was trained on other faces ({settings['faces']})")
+    return faces
+
+
 def generated(
     trained: Trained,
     faces: Faces,
@@ -102,11 +110,7 @@ def measure(config: CurveConfig) -> list[dict]:
     networks = [load_trained(path or None, device=device) for path in config.checkpoints]
     features = features_of(config.features, config.feature_size, device.type)
     for trained in networks:
-        settings = trained.settings
-        data = (config.path_to_data, trained.img_size, settings["only"], settings["attributes"])
-        faces = load_faces(*data)
-        if faces.fingerprint != settings["faces"]:
-            say(f"note: {trained.path} was trained on other faces ({settings['faces']})")
+        faces = faces_of(trained, config.path_to_data)
         result = {"checkpoint": str(trained.path), "step": trained.step, "distances": {}}
         if config.loss_draws and len(faces.held_out):
             held_out = faces.images[faces.held_out], faces.attributes[faces.held_out]

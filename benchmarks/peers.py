@@ -1,7 +1,7 @@
 """Three ways to train a network: the step of this project, of diffusers' unconditional example, and
 of denoising-diffusion-pytorch's Trainer, each as its own code takes it.
 
-    pip install -r requirements-test.txt denoising-diffusion-pytorch
+    pip install diffusers denoising-diffusion-pytorch
 """
 
 import contextlib
@@ -44,8 +44,8 @@ def make_config(img_size: int, channels: int, channel_mults: tuple[int, ...], **
         fix = "give a multiple of 32 from 64 on, because diffusers' norms have 32 groups"
         raise UsageError("--channels", f"is {channels}", fix)
     mults = channel_mults or default_channel_mults(img_size)
-    shape = dict(img_size=img_size, channels=channels, channel_mults=mults, dropout=0.0)
-    config = Config(**shape, **changes)
+    shape = dict(img_size=img_size, channels=channels, channel_mults=mults)
+    config = Config(**shape, dropout=0.0, **changes)
     check_config(config)
     return config
 

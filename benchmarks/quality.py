@@ -4,16 +4,15 @@
     python benchmarks/quality.py --checkpoint demo --path_to_data synthetic --minutes 6 \\
         --peer_channels 64 --peer_channel_mults 1 2 2
 
-    pip install -r requirements-test.txt denoising-diffusion-pytorch
+    pip install diffusers denoising-diffusion-pytorch
 
 --minutes is the time that train.py took for the run. For as long, and on the same faces, two peers
 train: diffusers' UNet2DModel as in its unconditional example (batch 16, learning rate 1e-4 with a
 cosine, linear noise schedule, average, half precision if the machine has it), and the Unet of
 denoising-diffusion-pytorch as in its Trainer. Their batches are ready, flipped at random. Each peer
 generates with its own sampler, this project with the early checkpoint as a guide, at two
-evaluations a step. The measures are those of evaluate.py.
-
-A training that was stopped continues from --out when the same command is started again."""
+evaluations a step. The measures are those of evaluate.py. The same command continues a training
+that was stopped."""
 
 import hashlib
 import sys
@@ -29,14 +28,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import evaluate
 from benchmarks.common import machine
+from benchmarks.curve import faces_of
 from benchmarks.peers import PEERS, PRECISIONS, installed, make_config
-from dataset.faces import Batches, Faces, load_faces
+from dataset.faces import Batches, Faces
 from evaluate import EvaluateConfig, Generated
 from formats.features import find_features
 from generate import add_guide, load_trained
 from system import flags
 from system.device import DEVICES, find_device
-from system.errors import UsageError
 from system.files import check_writable, save_json
 from system.flags import check_ranges, constant
 from system.processes import Processes
@@ -54,7 +53,7 @@ class QualityConfig:
     checkpoint: str = ""  # a run's folder (its newest), a file in it; empty: the newest run here
     path_to_data: str = "data"  # the faces it was trained on, as for train.py
     minutes: float = constant(20.0, above=0)  # that it took, and that each peer gets
-    peers: tuple[str, ...] = tuple(PEERS)  # which to compare with
+    peers: tuple[Literal[*PEERS], ...] = tuple(PEERS)  # which to compare with
     peer_channels: int = constant(0, least=0)  # of their network's first stage; 0: as the run's
     peer_channel_mults: tuple[int, ...] = constant((), least=1)  # by stage; (): as the run's
     samplers: tuple[str, ...] = ("dpm++:10",)  # of this project, guided, as for evaluate.py
@@ -95,9 +94,9 @@ def peer_config(config: QualityConfig, settings: dict) -> Config:
     """The constants of the peers' networks: those of the run, as far as the flags do not change
     them."""
     names = ("num_res_blocks", "attn_resolutions", "head_dim")
-    changes = {name: tuple(v) if isinstance(v := settings[name], list) else v for name in names}
+    changes = {name: settings[name] for name in names}
     channels = config.peer_channels or settings["channels"]
-    mults = config.peer_channel_mults or tuple(settings["channel_mults"])
+    mults = config.peer_channel_mults or settings["channel_mults"]
     changes |= dict(batch_size=16, noise_schedule="linear", prediction="eps")
     return make_config(settings["img_size"], channels, mults, **changes)
 
@@ -126,25 +125,19 @@ def run_peer(config: QualityConfig, name: str, train_config: Config, faces: Face
 def compare(config: QualityConfig) -> dict:
     """Train the peers, generate, measure. Returns what quality.json says. Raises UserError."""
     check_ranges(config)
-    if unknown := [name for name in config.peers if name not in PEERS]:
-        raise UsageError("--peers", f"names {unknown[0]}", f"choose from {', '.join(PEERS)}")
     peers = [name for name in config.peers if installed(name)]
     path, device = Path(config.out) / "quality.json", find_device(config.device)
     check_writable(path, "--out")
     trained = load_trained(config.checkpoint or None, device=device)
-    settings = trained.settings
-    train_config = peer_config(config, settings)
+    train_config = peer_config(config, trained.settings)
     same = ("path_to_data", "num_images", "samplers", "features", "feature_size", "batch_size")
     wanted = EvaluateConfig(str(trained.path), **{name: getattr(config, name) for name in same})
     evaluate.check_config(wanted)
     evaluate.check_samplers(wanted, trained.diffusion.num_timesteps)
     features = find_features(config.features, config.feature_size, device.type)
-    data = (config.path_to_data, trained.img_size, settings["only"], settings["attributes"])
-    faces = load_faces(*data)
+    faces = faces_of(trained, config.path_to_data)
     real = evaluate.split_real(wanted, faces)
     say(f"{trained.path}, step {trained.step}, against {faces.description}")
-    if faces.fingerprint != settings["faces"]:
-        say(f"note: it was trained on other faces ({settings['faces']})")
 
     generated = evaluate.generate_all(wanted, add_guide(trained), faces, Processes(device))
     for name in peers:

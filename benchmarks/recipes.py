@@ -101,9 +101,9 @@ def train_and_measure(wish: Recipes, recipe: str, seed: int, features: Features)
     changes |= dict(num_training_steps=steps, save_every=-(-steps // 5), sample_every=steps)
     started = time.process_time()
     train(replace(config, seed=seed, **changes))
-    spent = time.process_time() - started
-    result = {"recipe": recipe, "seed": seed, "images": steps * config.batch_size}
-    result |= {"teraflops": steps * flops / 1e12, "cpu_seconds": spent, "folder": str(folder)}
+    result = {"cpu_seconds": time.process_time() - started, "teraflops": steps * flops / 1e12}
+    images = steps * config.batch_size
+    result |= {"recipe": recipe, "seed": seed, "images": images, "folder": str(folder)}
 
     faces = load_faces(wish.path_to_data, config.img_size, config.only, config.attributes)
     reference = features.cached(faces.images, faces.train, faces.key)

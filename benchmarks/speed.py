@@ -7,7 +7,7 @@
     python benchmarks/speed.py --img_size 64 --channels 128 --channel_mults 1 2 2 2 4 \\
         --batch_size 128 --rounds 10 --steps_per_round 20     # on a GPU
 
-    pip install -r requirements-test.txt denoising-diffusion-pytorch
+    pip install diffusers denoising-diffusion-pytorch
 
 Each row has a process of its own. The rows compute one at a time, in turn, round after round;
 ratios are taken within a round, and the table shows the median over the rounds. So a busy machine
