@@ -92,7 +92,7 @@ def test_all_attributes_are_kept_by_name_and_resumed(run):
 
 
 def test_grids_of_a_run_have_the_attributes_of_training_faces(here):
-    train(conditional(learning_rate=0.02, num_training_steps=40, ema_decay=0.5))
+    train(conditional(learning_rate=0.02, num_training_steps=40, ema_decay=0.5, save_every=40))
     grid = np.asarray(Image.open("run/samples/step_00000040.png")).astype(int)
 
     def sampled(**options):

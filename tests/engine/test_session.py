@@ -147,20 +147,6 @@ def test_parts_that_do_not_fit_are_one_error(run, action):
             train(tiny(learning_rate=0.01, resume=True, num_training_steps=7))
 
 
-def test_keys_with_the_prefixes_of_wrappers_load_equal(run):
-    reference, path = final(), list_checkpoints(run)[0]
-
-    def add_prefix(state):
-        for holder in (state, state["ema"]):
-            holder["model"] = {f"module._orig_mod.{k}": v for k, v in holder["model"].items()}
-
-    change(path, add_prefix)
-    config = tiny()
-    state = make_state(config, CPU, unet_arguments(config))
-    state.load_state_dict(load_checkpoint(path))
-    assert_same_state(state.state_dict(), reference)
-
-
 def test_resuming_in_another_precision_starts_the_loss_scale_afresh(run, monkeypatch, capsys):
     saved, config = final(), tiny()
     monkeypatch.setattr("engine.state.autocast_dtype", lambda *_: torch.float16)
