@@ -77,7 +77,7 @@ def test_batches_are_those_of_the_cpu(device):
         assert x_0.device.type == device.type and torch.equal(x_0.cpu(), expected)
 
 
-@pytest.mark.parametrize("half, near", [(False, 0.01), (True, 0.05)])
+@pytest.mark.parametrize("half, near", [(False, 0.005), (True, 0.02)])
 def test_images_are_those_of_the_cpu(device, tmp_path, half, near):
     write_checkpoint(make_config(8, 64, (1,)), tmp_path / "random.pt")
     images = []
