@@ -84,8 +84,9 @@ def evaluate_with(config: EvaluateConfig, processes: Processes) -> Path:
             say("note: distances take most of an hour on a CPU; --features inception asks for them")
     features = find_features(config.features, config.feature_size, device)
     source = config.path_to_data or settings.get("path_to_data", "data")
-    with processes.first_of_each_machine_first(), reading(trained.path, "use another checkpoint"):
+    with reading(trained.path, "use another checkpoint"):
         data = source, trained.img_size, settings["only"], settings["attributes"]
+    with processes.first_of_each_machine_first():
         faces = load_faces(*data, skip_damaged=settings.get("skip_damaged", False))
     real = split_real(config, faces)
     say(f"{describe(trained)}\n{faces.description}")

@@ -23,7 +23,6 @@ from system.errors import (
     CheckpointError,
     DivergedError,
     FormatError,
-    UserError,
     is_out_of_memory,
 )
 from system.files import sync, write_atomically
@@ -220,10 +219,10 @@ def prune_checkpoints(newest: Path, keep: int, num_training_steps: int) -> None:
 
 @contextlib.contextmanager
 def reading(path: Path, fix: str) -> Iterator[None]:
-    """What is missing or does not fit of the contents of a checkpoint becomes a CheckpointError."""
+    """Turn what is missing or does not fit in a checkpoint's contents into a CheckpointError."""
     try:
         yield
-    except UserError:
+    except CheckpointError:
         raise
     except KeyError as error:
         raise CheckpointError(path, f"lacks {error}", fix) from error
