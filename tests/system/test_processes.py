@@ -388,6 +388,7 @@ def launch(config: dict, options: str, body="", importing="", cwd=".", module=TO
     command += as_flags({**TINY, "device": "cpu", "resume": True, **config})
     slurm = dict(SLURM_PROCID=1, SLURM_LOCALID=0, SLURM_NTASKS=2, SLURM_NODEID=1, SLURM_NNODES=2)
     variables = dict(OMP_NUM_THREADS=1, **slurm)  # as `srun torchrun` has them
+    variables["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = 1  # or c10d loses a machine that returns
     environment = {**os.environ, **{name: str(value) for name, value in variables.items()}}
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     process = subprocess.Popen(command, env=environment, start_new_session=True, cwd=cwd, **pipes)
