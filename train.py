@@ -204,9 +204,10 @@ def train(config: Config, given: frozenset[str] | None = None) -> Path:
         for _ in run.steps():
             loss, grad_norm = train_step(run)
             run.meter(loss=loss, grad_norm=grad_norm)
-            if run.due(config.log_every):
+            saving = run.due(config.save_every)
+            if saving or run.due(config.log_every):
                 run.log()
-            if run.due(config.save_every):
+            if saving:
                 run.save()  # before what may fail
                 run.measure()
             if run.due(config.sample_every):
