@@ -128,9 +128,9 @@ def evaluate_model(
 
 
 class Autoguided(nn.Module):
-    """A network led away from its own early checkpoint, whose errors are the same, only larger, at
-    twice the cost: bad + strength * (good - bad) (Karras et al. 2024, "Guiding a diffusion model
-    with a bad version of itself", eq. 3)."""
+    """A network guided away from its own early checkpoint, whose errors are the same, only larger:
+    bad + strength * (good - bad) (Karras et al. 2024, "Guiding a diffusion model with a bad version
+    of itself", eq. 3). It costs twice as much."""
 
     def __init__(self, model: nn.Module, guide: nn.Module, strength: float):
         super().__init__()

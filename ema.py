@@ -1,4 +1,4 @@
-"""An exponential moving average of a network's weights, which generates the better images."""
+"""An exponential moving average of a network's weights, which samples better than they do."""
 
 import copy
 

@@ -20,7 +20,7 @@ COEFFICIENTS = 3.4445, -4.7750, 2.0315  # of the Newton-Schulz iteration, Jordan
 
 
 def orthogonal(matrices: Sequence[Tensor], dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """For each matrix U S V^T roughly U V^T: all singular values between 0.7 and 1.2.
+    """Replace each matrix U S V^T by roughly U V^T: all singular values between 0.7 and 1.2.
 
     matrices: of one dtype, which the results have; dtype: to compute in."""
     wide = [x if x.shape[0] <= x.shape[1] else x.T for x in matrices]  # x x^T: the smaller product
@@ -92,13 +92,13 @@ class Muon(torch.optim.AdamW):
         others, matrices = self.param_groups
         self._step_matrices(matrices, found)
         self.param_groups = [others]
-        super().step()  # AdamW's, of the groups that it has now
+        super().step()  # AdamW's own step must not see the matrices
         self.param_groups = [others, matrices]
 
     def _step_matrices(self, group: dict, found: Tensor | None) -> None:
         weights = [weight for weight in group["params"] if weight.grad is not None]
         for weight in weights:
-            if not self.state[weight]:  # named as AdamW's, which loads it
+            if not self.state[weight]:  # the names that AdamW's load_state_dict expects
                 self.state[weight]["step"] = torch.zeros((), device=weight.device)
                 self.state[weight]["exp_avg"] = torch.zeros_like(weight)
         gradients = [weight.grad for weight in weights]
@@ -130,6 +130,7 @@ def muon(model: nn.Module, lr: float, dtype: torch.dtype) -> torch.optim.Optimiz
     return Muon(*split_parameters(model), lr=lr, dtype=dtype)
 
 
-# The choices of --optimizer: (network, learning rate, dtype of matrix products) -> optimiser. Each
-# has `_step_supports_amp_scaling`, without which GradScaler waits for the device at every step.
+# The choices of --optimizer: (network, learning rate, dtype of matrix products) -> optimiser. An
+# optimiser needs nothing special, but GradScaler then waits for a GPU at every step. To avoid that,
+# set `_step_supports_amp_scaling = True` and change nothing if `self.found_inf` is 1, as Muon does.
 OPTIMIZERS = {"adamw": adamw, "muon": muon}

@@ -1,7 +1,8 @@
 """The samplers, functions of one form, and SAMPLERS, the table of them.
 
-A sampler goes through a list of noise levels, from noise to an image. It evaluates the network at
-each level except the last, yields (t, x_t, x_0_pred) after each evaluation, and returns x at the
+A sampler goes through a list of noise levels, from noise to an image. It evaluates the network
+once at each level except the last and yields (t, x_t, x_0_pred) after each evaluation. So there are
+as many steps as evaluations. The generator's return value, which `yield from` gives, is x at the
 last level. Its arguments:
 
     predict(x_t, t, alpha_bar_t)   one evaluation of the network: (x_0_pred, eps_pred); t may be
@@ -141,7 +142,9 @@ def dpm_solver(predict: Predict, x: Tensor, levels: Sequence[Level], draw: Draw)
         yield here.t, x_t, x_0_pred
         shrink = sigma_of(there) / sigma_of(here)
         y = shrink * y + (1 - shrink) * x_0_pred
-        if x_0_before is not None and there != IMAGE:  # the last step, to the image, has no width
+        if (
+            x_0_before is not None and there != IMAGE
+        ):  # at the image sigma is 0, its logarithm infinite
             y = y + (1 + (1 - shrink) / math.log(shrink)) * (x_0_pred - x_0_before)
         x_0_before = x_0_pred
     return y * math.sqrt(levels[-1].alpha_bar)

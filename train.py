@@ -33,10 +33,21 @@ from system.errors import UsageError
 from system.flags import check_ranges, fixed, free, steered
 from unet import check_shape
 
+# The learning rate after the warm-up: share of the training that is done, 0 to 1 -> factor.
+LR_SCHEDULES = {
+    "constant": lambda progress: 1.0,
+    "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
+}
+
 
 @dataclass(frozen=True)
 class Config:
-    """The constants of a run: edit them here, pass them as flags, or write Config(img_size=32)."""
+    """The constants of a run: edit them here, pass them as flags, or write Config(img_size=32).
+
+    A constant with the name of a parameter of `UNet` or `Diffusion` is passed to it, and saved with
+    the weights. All others are read as `run.config.name`. --resume keeps a `fixed` constant, may
+    change a `free` one, and changes a `steered` one with a warning. Each takes one line, and its
+    comment is the text of --help."""
 
     # Run
     experiment_name: str = free("my_first_diffusion")  # folder for all that the run writes
@@ -50,7 +61,7 @@ class Config:
     skip_damaged: bool = free(False)  # leave out images that cannot be read
     only: tuple[str, ...] = fixed(())  # train on the faces with these attributes: Smiling Male=-1
     attributes: tuple[str, ...] = fixed(())  # condition on these: Smiling Male Eyeglasses; all
-    attribute_dropout: float = fixed(0.1, least=0, most=1)  # share trained without any attribute
+    attribute_dropout: float = fixed(0.1, least=0, most=1)  # share trained unconditionally
     # Network
     channels: int = fixed(128, least=4)  # width of the first stage
     channel_mults: tuple[int, ...] = fixed((), least=1)  # width of each stage, times channels
@@ -69,9 +80,9 @@ class Config:
     gradient_accumulation_steps: int = free(1, least=1)  # passes in an update, by each process
     optimizer: Literal[*OPTIMIZERS] = fixed("adamw")  # muon learns sooner in short runs
     learning_rate: float = steered(2e-4, above=0)  # peak; muon takes ten times that of adamw
-    lr_schedule: Literal["constant", "cosine"] = steered("cosine")  # cosine falls to 0 at the end
+    lr_schedule: Literal[*LR_SCHEDULES] = steered("cosine")  # cosine falls to 0 at the end
     warmup_steps: int = steered(5000, least=0)  # updates in which the learning rate rises from 0
-    max_grad_norm: float = steered(1.0, above=0)  # longer gradients are clipped to this length
+    max_grad_norm: float = steered(1.0, above=0)  # the gradient's norm is clipped to this
     ema_decay: float = fixed(0.9999, least=0, below=1)  # of the averaged weights, which generate
     mixed_precision: Literal["fp16", "bf16", "no"] = free("fp16")  # a CPU uses bf16 if it can
     compile: bool = free(True)  # torch.compile the network, on a CUDA GPU only
@@ -136,17 +147,16 @@ def seed_of(*numbers: int) -> int:
 def learning_rate(config: Config, step: int) -> float:
     """The learning rate of the update that follows `step` completed ones."""
     warmup = min(1.0, (step + 1) / max(1, config.warmup_steps))
-    if config.lr_schedule == "constant":
-        return config.learning_rate * warmup
     after = max(0, step - config.warmup_steps)
-    progress = after / max(1, config.num_training_steps - config.warmup_steps)
-    return config.learning_rate * warmup * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    progress = min(1.0, after / max(1, config.num_training_steps - config.warmup_steps))
+    return config.learning_rate * warmup * LR_SCHEDULES[config.lr_schedule](progress)
 
 
 def loss_of(run: Run, number: int) -> Tensor:
     """The loss of micro-batch `number` of the run, a scalar. All that is random about it follows
     from (seed, number)."""
     config, device = run.config, run.diffusion.device
+    # The last number keeps the streams apart; dataset/faces.py uses others.
     torch.manual_seed(seed_of(config.seed, number, 0, 1))  # for dropout
     generator = torch.Generator(device)  # for dropped attributes, timesteps and noise
     generator.manual_seed(seed_of(config.seed, number, 0, 2))
@@ -157,13 +167,13 @@ def loss_of(run: Run, number: int) -> Tensor:
         return run.diffusion.loss(run.forward, x_0, generator, attributes)
 
 
-def train_step(run: Run) -> tuple[Tensor, Tensor]:
-    """One update.
+def train_step(run: Run) -> dict[str, Tensor]:
+    """One update. What it returns is logged.
 
     The processes of a run take its numbered micro-batches in turns, so an update is the same, to
     rounding, however many processes share it. Returns the loss, the mean over the micro-batches of
-    this process, and the gradient norm before clipping: scalars on the device, which nothing here
-    waits for."""
+    this process, and the gradient norm before clipping: scalars on the device. Nothing here waits
+    for the device."""
     config, state = run.config, run.state
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(config, state.step)
@@ -189,21 +199,20 @@ def train_step(run: Run) -> tuple[Tensor, Tensor]:
     state.optimizer.zero_grad()
     state.ema.update(state.model)
     state.step += 1
-    return total, grad_norm
+    return {"loss": total, "grad_norm": grad_norm}
 
 
 def train(config: Config, given: frozenset[str] | None = None) -> Path:
     """Train as `config` says. Returns the experiment's folder.
 
-    given: the constants that the user set; a resumed run, or one that starts from other weights,
-    takes the others from there (None: all are set). Raises UserError, by kind, for what the user
-    can fix; Interrupted after a signal, when the last step is saved."""
+    given: the constants that the user set. With `resume` or `init_from` all others come from the
+    checkpoint. None: every constant is set. Raises UserError, by kind, for what the user can fix;
+    Interrupted after a signal, when the last step is saved."""
     check_config(config)
     with open_run(config, loss_of, given) as run:
         config = run.config
         for _ in run.steps():
-            loss, grad_norm = train_step(run)
-            run.meter(loss=loss, grad_norm=grad_norm)
+            run.meter(**train_step(run))
             saving = run.due(config.save_every)
             if saving or run.due(config.log_every):
                 run.log()

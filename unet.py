@@ -1,4 +1,4 @@
-"""The network of DDPM: a U-Net that finds the noise in an image (Ho et al. 2020, appendix B).
+"""The network of DDPM: a U-Net (Ho et al. 2020, appendix B).
 
     x_t (B, 3, H, W) -> conv_in -> down stages -> middle -> up stages -> conv_out -> (B, 3, H, W)
 
@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from system import cpu
+from system import cpu  # operations in a form that is faster on a CPU, and PyTorch's own elsewhere
 from system.errors import UsageError
 
 # The default channel multipliers: the published networks for 32 (CIFAR-10), 64 (CelebA, Song et al.
-# 2020) and 256 pixels (LSUN); the last one serves from 128 pixels on.
+# 2020) and 256 pixels (LSUN), which is used from 128 pixels on.
 CHANNEL_MULTS = {32: (1, 2, 2, 2), 64: (1, 2, 2, 2, 4), 128: (1, 1, 2, 2, 4, 4)}
 
 
@@ -35,7 +35,7 @@ def sinusoidal_embedding(t: Tensor, dim: int, freq_shift: int = 1) -> Tensor:
     """Sines and cosines of t at `dim / 2` frequencies from 1 to 1/10000 (Vaswani et al. 2017).
 
     t: (B,) integers or floats in [0, T); freq_shift: 0 leaves out the frequency 1/10000 itself, as
-    the original does. Returns (B, dim) float32: the sines, then the cosines."""
+    Vaswani et al. do. Returns (B, dim) float32: the sines, then the cosines."""
     half = dim // 2
     exponent = torch.arange(half, dtype=torch.float32, device=t.device) / (half - freq_shift)
     angles = t.float()[:, None] * torch.exp(-math.log(10_000) * exponent)
@@ -86,7 +86,7 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         h = self.conv1(self.norm1(x))  # (B, C, H, W)
-        h = h + self.time(emb)[:, :, None, None]
+        h = h + self.time(emb)[:, :, None, None]  # emb is after SiLU
         h = self.conv2(self.dropout(self.norm2(h)))
         return self.shortcut(x) + h
 
@@ -111,7 +111,7 @@ class Attention(nn.Module):
 
 
 class Downsample(nn.Conv2d):
-    """Halve the image by a 3x3 convolution; padding 0: padded on the right and below only."""
+    """Halve the image by a 3x3 convolution. padding: 1, or 0 to pad on the right and below only."""
 
     def __init__(self, channels: int, padding: int):
         super().__init__(channels, channels, 3, stride=2, padding=padding)
@@ -135,7 +135,7 @@ class Stage(nn.Module):
     """Residual blocks at one resolution, each followed by attention or nothing.
 
     channels_in: input channels of each block; attend: whether attention follows the blocks;
-    resample: the way to the next stage, or None; block, attention: make these layers"""
+    resample: `Downsample`, `Upsample` or None; block, attention: make these layers"""
 
     def __init__(
         self,
@@ -176,7 +176,7 @@ class UpStage(Stage):
 
 
 class UNet(nn.Module):
-    """output = UNet(x_t, t): the noise in x_t, or what `Diffusion`'s prediction says.
+    """output = UNet(x_t, t): v, eps or another target, as `Diffusion(prediction=...)` defines it.
 
     img_size: pixels of a side, divisible by 2 at every stage but the last
     channels: width of the first stage; channel_mults: stage i has channels * channel_mults[i]
@@ -239,7 +239,7 @@ class UNet(nn.Module):
         # Up.
         self.up = nn.ModuleList()
         for i in reversed(range(len(widths))):
-            channels_in = []
+            channels_in = []  # the first block gets the width of the stage below
             for _ in range(num_res_blocks + 1):
                 channels_in.append(width + skips.pop())
                 width = widths[i]

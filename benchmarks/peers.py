@@ -135,7 +135,7 @@ class Ours(Row):
 
     def step(self) -> None:
         """One update, as in the loop of `train.train`."""
-        loss, grad_norm = train_step(self.run)
+        loss, grad_norm = train_step(self.run).values()
         self.meter(loss=loss, grad_norm=grad_norm)
 
 

@@ -29,7 +29,8 @@ GRID_STEPS = 10  # evaluations of the network for an image of a grid
 
 @dataclass
 class Run:
-    """What a training step works with."""
+    """What a training step works with. A test can build it without a folder; the loop of train.py
+    gets a `Session`."""
 
     config: Any  # train.Config
     state: State
@@ -76,8 +77,8 @@ class Session(Run):
             raise Interrupted(self.stopping)
 
     def due(self, every: int) -> bool:
-        """Whether something is to be done now that is done after each `every` steps, after the last
-        one, and before the run stops."""
+        """Whether it is time for what is done every `every` steps. Also true at the last step, and
+        when a signal stops the run. The first call after a step counts it."""
         self._finish_step()
         step = self.state.step
         return step % every == 0 or step == self.config.num_training_steps or bool(self.stopping)
@@ -122,8 +123,8 @@ class Session(Run):
         self.wait()
 
     def sample(self) -> None:
-        """Log a grid of images of the averaged weights, always from the same noise, and how far its
-        mean colour, in grey levels, is from the data's."""
+        """Log a grid sampled with the averaged weights, always from the same noise, and how far its
+        mean colour is from the data's, in grey levels."""
         if not self.stopping and (images := self.grid(self.config.num_samples)) is not None:
             self.run_log.images(self.state.step, image_grid(images))
             drift = images.mean((0, 2, 3)).cpu() * 127.5 + 127.5 - self.mean_colour()
@@ -167,7 +168,7 @@ class Session(Run):
         training faces. None if a signal came in between."""
         config, batch_size = self.config, min(self.config.batch_size, 64)
         size = (3, config.img_size, config.img_size)
-        images = torch.zeros(num_images, *size)  # fits in memory, or fails now
+        images = torch.zeros(num_images, *size)  # allocate first: fail early
         for start in range(0, num_images, batch_size):
             numbers = range(start, min(start + batch_size, num_images))
             options = dict(steps=steps, generator=image_generators(config.seed, numbers))
@@ -200,7 +201,8 @@ class Worker(Session):
         """Wait while rank 0 saves."""
         self.wait()
 
-    measure = sample = save
+    measure = save
+    sample = save
 
 
 class NoLog:

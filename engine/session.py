@@ -1,5 +1,5 @@
-"""How a run begins: from nothing, from its newest checkpoint, or from other weights; and what is
-tried out before the first step."""
+"""How a run begins: from nothing, from its newest checkpoint, or from other weights; and the dry
+run before its first step."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -45,7 +45,7 @@ def open_run(
 
     config: train.Config; loss: (run, number of the micro-batch) -> scalar, for trying the network
     out; given: the constants that the user set. A resumed run, and one that starts from other
-    weights, takes the others from there (None: all are set). Raises UserError, by kind."""
+    weights, takes all others from there. None: every constant is set. Raises UserError, by kind."""
     folder = Path(config.experiment_name)
     processes = Processes(find_device(config.device))
     device = processes.device
@@ -181,7 +181,11 @@ def config_for_weights(config: Any, weights: Saved, given: frozenset[str] | None
     """The constants of a new run that starts from weights: the network's are theirs, except those
     that the user set."""
     theirs = network_constants(weights, config.img_size)
-    theirs = {name: value for name, value in theirs.items() if name not in (given or theirs)}
+    theirs = {
+        name: value
+        for name, value in theirs.items()
+        if name not in (theirs if given is None else given)
+    }
     other = {name: value for name, value in theirs.items() if value != getattr(config, name)}
     if other:
         say(f"the network is that of {weights.path}: {as_flags(other)}")

@@ -104,9 +104,14 @@ def unet_config(unet: UNet) -> dict:
 def diffusers_obstacle(unet: UNet, prediction: str) -> str:
     """Why diffusers cannot express the network, as "setting: reason"; "" if it can."""
     try:
-        unet_config(unet)
+        arguments = arguments_of(unet_config(unet))
     except ValueError as error:
         return str(error)
+    with torch.device("meta"):
+        plain = UNet(**arguments).state_dict()
+    ours = {name: weight for name, weight in unet.state_dict().items() if name != MAP}
+    if {k: w.shape for k, w in ours.items()} != {k: w.shape for k, w in plain.items()}:
+        return "network: it has layers that diffusers lacks"
     unknown = not PREDICTIONS[prediction].diffusers_name
     return f"prediction: it does not know {prediction!r}" if unknown else ""
 
@@ -226,18 +231,26 @@ def todays_name(name: str) -> str:
     return re.sub(earlier, lambda found: f"{found[1]}.{EARLIER[found[2]]}.", name)
 
 
-def read_unet_config(path: Path) -> tuple[dict, UNet, bool]:
-    """The arguments of `UNet` for a UNet2DModel's configuration, the network without memory for its
-    weights, and whether its embedding puts the cosines first. Raises CheckpointError."""
-    config = read_bounded(path)
-    widths, head_dim = config["block_out_channels"], config["attention_head_dim"]
+def arguments_of(config: dict) -> dict:
+    """The arguments of `UNet` for a UNet2DModel's configuration."""
+    widths = config["block_out_channels"]
     arguments = {ours: config[theirs] for ours, (theirs, *_) in SETTINGS.items()}
-    arguments["head_dim"] = head_dim or max(widths)  # None: a single head, however wide
+    # None: a single head, however wide
+    arguments["head_dim"] = config["attention_head_dim"] or max(widths)
     arguments["channels"] = widths[0]
     arguments["channel_mults"] = tuple(-(-width // widths[0]) for width in widths)
     kinds = enumerate(config["down_block_types"])
     sizes = [config["sample_size"] >> i for i, kind in kinds if kind == "AttnDownBlock2D"]
     arguments["attn_resolutions"] = tuple(sizes)
+    return arguments
+
+
+def read_unet_config(path: Path) -> tuple[dict, UNet, bool]:
+    """The arguments of `UNet` for a UNet2DModel's configuration, the network without memory for its
+    weights, and whether its embedding puts the cosines first. Raises CheckpointError."""
+    config = read_bounded(path)
+    widths, head_dim = config["block_out_channels"], config["attention_head_dim"]
+    arguments = arguments_of(config)
     try:
         with torch.device("meta"):
             unet = UNet(**arguments)

@@ -22,6 +22,7 @@ from utils import (
 
 SHIPPED = Path(__file__).resolve().parents[1] / "weights"  # a folder for each name
 DEFAULT = "celeba_32"
+VARIANTS = ("norm_eps", "downsample_padding", "freq_shift")  # of UNet: no constants of a run
 
 
 class Saved(NamedTuple):
@@ -107,8 +108,8 @@ def network_constants(saved: Saved, img_size: int) -> dict[str, Any]:
     size. Raises CheckpointError."""
     with reading(saved.path, "use other weights"):
         about = saved.unet
-        names = ("channels", "num_res_blocks", "head_dim", "norm_groups")
-        constants = {name: about[name] for name in names}
+        other = ("img_size", "dropout", "num_attributes", *VARIANTS)
+        constants = {name: value for name, value in about.items() if name not in other}
         mults = tuple(about["channel_mults"] or default_channel_mults(about["img_size"]))
         # Attention stands in the same stages, whatever their resolution is.
         attends = [about["img_size"] >> i in about["attn_resolutions"] for i in range(len(mults))]

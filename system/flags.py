@@ -164,8 +164,9 @@ def _groups(default: Any, switches: list) -> dict[str, list]:
         if name:
             flag = _flag(name, types[name], text, getattr(default, name))
             groups.setdefault(title, [] if groups else [*switches]).append(flag)
-    found = sum(map(len, groups.values())) - len(switches)
-    assert found == len(types), "a field lacks its comment, or takes more than one line"
+    found = {flag[0] for flags in groups.values() for flag in flags}
+    lost = types.keys() - found
+    assert not lost, f"{', '.join(lost)}: a field takes one line, with its comment"
     return groups
 
 

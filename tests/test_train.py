@@ -58,7 +58,8 @@ def test_clipping_acts_on_true_gradients_under_a_loss_scale(faces, monkeypatch):
     monkeypatch.setattr("engine.state.autocast_dtype", lambda *_: torch.float16)
     scaled = make_run(faces, config)
     assert scaled.state.scaler.get_scale() == 2.0**16
-    (loss, norm), (scaled_loss, scaled_norm) = train_step(plain), train_step(scaled)
+    loss, norm = train_step(plain).values()
+    scaled_loss, scaled_norm = train_step(scaled).values()
     assert loss == scaled_loss and norm > 10 * config.max_grad_norm
     torch.testing.assert_close(norm, scaled_norm, rtol=1e-4, atol=0)
     for name, weights in weights_of(plain).items():
@@ -71,7 +72,7 @@ def test_clipping_acts_on_true_gradients_under_a_loss_scale(faces, monkeypatch):
 def test_accumulated_micro_batches_equal_their_mean_gradient(faces):
     config = tiny(gradient_accumulation_steps=4, dropout=0.0, max_grad_norm=1e9)
     run, other = make_run(faces, config), make_run(faces, config)
-    loss, norm = train_step(run)
+    loss, norm = train_step(run).values()
     assert run.state.ema.num_updates == run.state.step == 1  # one update, not four
     total = 0.0
     for micro in range(4):
@@ -92,9 +93,13 @@ def test_gradient_that_is_not_finite_never_reaches_the_weights(faces, monkeypatc
     run = make_run(faces, tiny(optimizer=optimizer))
     before = weights_of(run)
     hook = run.state.model.conv_in.weight.register_hook(lambda grad: grad * math.inf)
-    assert not math.isfinite(train_step(run)[1]) and tensors_equal(weights_of(run), before)
+    assert not math.isfinite(train_step(run)["grad_norm"]) and tensors_equal(
+        weights_of(run), before
+    )
     hook.remove()
-    assert math.isfinite(train_step(run)[1]) and not tensors_equal(weights_of(run), before)
+    assert math.isfinite(train_step(run)["grad_norm"]) and not tensors_equal(
+        weights_of(run), before
+    )
 
 
 def test_step_moves_the_average_towards_the_weights_and_keeps_them_apart(faces):
@@ -111,7 +116,7 @@ def test_step_moves_the_average_towards_the_weights_and_keeps_them_apart(faces):
 def test_training_reduces_the_loss(faces, optimizer, rate):
     config = tiny(optimizer=optimizer, learning_rate=rate, lr_schedule="constant", dropout=0.0)
     run = make_run(faces, config)
-    losses = [float(train_step(run)[0]) for _ in range(80)]
+    losses = [float(train_step(run)["loss"]) for _ in range(80)]
     assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
 
 

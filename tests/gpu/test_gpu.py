@@ -58,12 +58,12 @@ def test_updates_wait_for_nothing_and_learn(device, precision, optimizer):
     run = Ours(make_config(8, 64, (1,), batch_size=8, learning_rate=1e-3, **changes), device).run
     batch = run.batches(0)
     run.batches = lambda number: batch
-    first = train_step(run)[0].item()
+    first = train_step(run)["loss"].item()
     wait = torch.cuda.set_sync_debug_mode if device.type == "cuda" else lambda mode: None
     wait("error")
     try:
         for _ in range(20):
-            loss, _ = train_step(run)
+            loss, _ = train_step(run).values()
     finally:
         wait("default")
     assert loss.item() < first

@@ -194,7 +194,7 @@ def test_updates_wait_for_nothing_and_mix_no_devices(meta, monkeypatch, optimize
     monkeypatch.setattr(torch, "Generator", NoGenerator)
     with DrawWithoutGenerator():
         for _ in range(3):
-            loss, grad_norm = train_step(run)
+            loss, grad_norm = train_step(run).values()
             meter(loss=loss, grad_norm=grad_norm)
     assert run.state.step == run.state.ema.num_updates == 3 and run.state.scaler.is_enabled()
     everything = run.state.model, run.state.ema, run.state.optimizer
