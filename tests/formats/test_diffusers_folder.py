@@ -178,6 +178,13 @@ def test_network_that_diffusers_cannot_express_is_refused_by_its_setting(changes
     assert diffusers_obstacle(model, "v").startswith(f"{setting}: ")
 
 
+def test_layers_that_diffusers_lacks_are_an_obstacle():
+    model = make_ours()
+    block = model.middle_block1
+    block.time = torch.nn.Linear(block.time.in_features, 2 * block.time.out_features)
+    assert diffusers_obstacle(model, "v").startswith("network: ")
+
+
 def test_prediction_that_diffusers_lacks_is_an_obstacle(monkeypatch):
     assert [diffusers_obstacle(make_ours(), each) for each in ("eps", "v")] == ["", ""]
     monkeypatch.setitem(PREDICTIONS, "new", PREDICTIONS["v"]._replace(diffusers_name=""))

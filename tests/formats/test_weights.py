@@ -1,6 +1,7 @@
 """Weights from anywhere: found, sampled from, and started from."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -193,6 +194,12 @@ def test_command_takes_the_network_from_the_weights_unless_a_flag_contradicts(th
     assert result.returncode == 0, result.stderr
     assert "--norm_groups 32" in result.stdout and "note: it was trained with" in result.stdout
     assert newest("new")["unet"]["attn_resolutions"] == (8,)
+
+
+def test_edited_constant_takes_the_network_from_the_weights_as_a_flag_does(there):
+    """Nobody typed a flag: `init_from` is edited in train.py."""
+    train(replace(tiny(num_training_steps=1), experiment_name="new", init_from="run"), frozenset())
+    assert newest("new")["unet"]["channels"] == WIDE["channels"] != tiny().channels
 
 
 def test_network_of_another_family_is_started_from_and_resumed(there):
