@@ -26,7 +26,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_same_state, in_fork, needs_posix, tiny
+from conftest import STATE, assert_same_state, in_fork, needs_posix, tiny
 from matplotlib.figure import Figure
 
 import engine
@@ -140,7 +140,7 @@ def assert_resumes_to(whole: dict, folder: str, config: Config) -> None:
     """What a kill has left in the folder resumes to the state of the whole run."""
     result = in_fork(lambda: train(replace(config, experiment_name=folder)))
     assert result.returncode == 0, (folder, result.stderr)
-    assert_same_state(whole, final(folder))
+    assert_same_state(whole, final(folder), (*STATE, "history"))
 
 
 SLOW = pytest.mark.slow
@@ -233,4 +233,4 @@ def test_a_process_killed_at_random_times_comes_to_the_same_end(here, times, ste
         else:  # it had finished: start over
             shutil.rmtree("run")
     begin().join()
-    assert_same_state(final("whole", steps), final("run", steps))
+    assert_same_state(final("whole", steps), final("run", steps), (*STATE, "history"))
