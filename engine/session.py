@@ -56,7 +56,7 @@ def open_run(
         run = set_up(config, given, processes, stop, lock)
         if run.state.step < run.config.num_training_steps:
             if processes.is_main:
-                rehearse(run)
+                dry_run(run)
             processes.everyone()
             prepare_network(run, loss)
         stop.deferred = True  # from now on a signal waits for the end of the step
@@ -244,7 +244,7 @@ def resume_state(state, saved: Saved, settings: dict) -> None:
 # Before the first step ---------------------------------------------------------------------------
 
 
-def rehearse(run: Session) -> None:
+def dry_run(run: Session) -> None:
     """Say what is trained on what, and try what the run will do later: grids, held-out loss, saves.
 
     Raises ResourceError if the memory or the disk does not suffice."""
