@@ -79,7 +79,7 @@ class Config:
     batch_size: int = fixed(128, least=1)  # images in a forward pass on each device
     gradient_accumulation_steps: int = free(1, least=1)  # passes in an update, by each process
     optimizer: Literal[*OPTIMIZERS] = fixed("adamw")  # muon learns sooner in short runs
-    learning_rate: float = steered(2e-4, above=0)  # peak; muon takes ten times that of adamw
+    learning_rate: float = steered(2e-4, above=0)  # peak; muon takes a higher one than adamw
     lr_schedule: Literal[*LR_SCHEDULES] = steered("cosine")  # cosine falls to 0 at the end
     warmup_steps: int = steered(5000, least=0)  # updates in which the learning rate rises from 0
     max_grad_norm: float = steered(1.0, above=0)  # the gradient's norm is clipped to this
