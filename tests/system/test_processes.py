@@ -332,14 +332,17 @@ def test_processes_whose_launcher_was_killed_save_and_end(here):
     alive, held = os.pipe()  # held by the launcher and its processes until they end
     launcher = os.fork()
     if launcher == 0:
-        fork(2, work, TORCHELASTIC_RUN_ID="any")
+        Path("pids").write_text(" ".join(map(str, fork(2, work, TORCHELASTIC_RUN_ID="any"))))
         signal.pause()
     os.close(held)
     appears("busy")
     os.kill(launcher, signal.SIGKILL)
     os.waitpid(launcher, 0)
     Path("go").touch()
-    assert select.select([alive], [], [], 60)[0] and os.read(alive, 1) == b"", said()
+    ended = select.select([alive], [], [], 60)[0]
+    for pid in map(int, [] if ended else Path("pids").read_text().split()):
+        os.kill(pid, signal.SIGKILL)
+    assert ended and os.read(alive, 1) == b"", said()
     os.close(alive)
     assert "step 4 is saved" in said(0) and list_checkpoints(here / "run")[0].stem[-1] == "4"
 
