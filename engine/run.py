@@ -1,5 +1,6 @@
 """A run: what a training step works with, and what the loop does between two steps."""
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,6 +61,8 @@ class Session(Run):
         self.meter = Meter(self.diffusion.device)
         self.patience = 20 if self.dtype == torch.float16 else 1  # skipped updates in a row
         self.finished, self.stopping = self.state.step, 0  # the last finished step; a signal
+        self.save_seconds = 0.0  # that the last save took
+        self.first_ended: float | None = None  # when the session's first step ended
         micro_batches = self.config.gradient_accumulation_steps * self.world_size
         images, total = self.config.batch_size * micro_batches, self.config.num_training_steps
         self.progress = Progress(self.state.step, total, images, show=self.rank == 0)
@@ -89,6 +92,12 @@ class Session(Run):
             self.finished = self.state.step
             self.progress.step()
             self.stopping = self.processes.stop_after(self.finished, self.stop.received)
+            now = time.monotonic()
+            if self.first_ended is None:
+                self.first_ended = now
+            elif self.first_ended:  # the second step, which is as slow as all that follow
+                self.processes.check_grace(now - self.first_ended + self.save_seconds)
+                self.first_ended = 0.0
 
     # What is due ----------------------------------------------------------------------------------
 
@@ -141,7 +150,9 @@ class Session(Run):
 
     def save_to(self, path: Path) -> None:
         """Write a checkpoint to a file."""
+        started = time.monotonic()
         save_checkpoint(path, self.about | self.state.state_dict())
+        self.save_seconds = time.monotonic() - started
 
     def held_out_loss(self) -> dict[str, float]:
         """The averaged weights' loss on held-out faces, always with the same noise; {} without."""

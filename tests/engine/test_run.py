@@ -106,6 +106,15 @@ def test_one_more_number_in_the_log_is_one_line(here, monkeypatch):
     assert all(0 < event.value < 1 for event in log.Scalars("largest_weight"))
 
 
+def test_a_step_and_a_save_longer_than_torchrun_waits_are_noted_once(here, monkeypatch, capsys):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "any")
+    train(tiny())
+    assert "longer than torchrun waits" not in capsys.readouterr().out
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "0")
+    train(tiny(experiment_name="slow"))
+    assert capsys.readouterr().out.count("longer than torchrun waits") == 1
+
+
 def test_logging_and_sampling_change_nothing(here, unbroken):
     train(tiny(sample_every=1, log_every=1))
     assert_same_state(final(), unbroken())
