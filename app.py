@@ -10,7 +10,6 @@ Needs Gradio: pip install -r requirements-app.txt.
 
 import html
 import re
-import shlex
 import sys
 import tempfile
 import time
@@ -28,13 +27,11 @@ from torch import Tensor
 import sample
 from dataset.decoding import open_file
 from editing import between, noise_of, read_image
-from engine.session import as_flags
 from formats.weights import DEFAULT, SHIPPED, find_checkpoint, run_checkpoints
 from generate import Trained, add_guide, check_finite, load_trained, sample_loop
 from samplers import SAMPLERS
 from system import flags
-from system.cpu import keep_freed_memory
-from system.device import DEVICES, find_device
+from system.device import DEVICES, find_device, set_up_generation
 from system.errors import UsageError, UserError
 from utils import to_uint8
 
@@ -134,9 +131,7 @@ def asked_for(
 def command(config: sample.SampleConfig) -> str:
     """The command that makes the same images."""
     changed = {k: v for k, v in asdict(config).items() if v != getattr(sample.SampleConfig, k)}
-    words = {k: v if isinstance(v, tuple) else [v] for k, v in changed.items()}
-    quoted = {k: [shlex.quote(str(each)) for each in v] for k, v in words.items()}
-    return f"python sample.py {as_flags(quoted)}"
+    return f"python sample.py {flags.as_flags(changed)}"
 
 
 def forming(
@@ -319,7 +314,7 @@ def make_canvas(**options) -> gr.ImageEditor:
 def page(device: str = "auto") -> gr.Blocks:
     """The page; `launch()` shows it. device: one of DEVICES. Raises UsageError if there is none."""
     find_device(device)
-    keep_freed_memory()
+    set_up_generation()
     with gr.Blocks(title="Faces", analytics_enabled=False, delete_cache=(3600, 86400)) as blocks:
         gr.Markdown("# Faces that a diffusion model makes")
         with gr.Row():

@@ -130,7 +130,9 @@ class Ours(Row):
         self.network = state.model
         self.flops = forward_flops(self.network, config.img_size)
         if config.compile and device.type == "cuda":
-            compile_network(self.network, lambda: loss_of(self.run, 0))
+            if compile_network(self.network, lambda: loss_of(self.run, 0)) is None:
+                fix = "install what it lacks, or compare with --no_compile"
+                raise UsageError("--compile", "the network cannot be compiled here", fix)
         self.meter = Meter(device)
 
     def step(self) -> None:

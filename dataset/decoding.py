@@ -181,6 +181,7 @@ def decode_all(
     mark, damaged = damage_mark(img_size), {}
 
     def decode(name: str) -> np.ndarray:
+        """The image, or the mark of a damaged one."""
         try:
             return decode_face(read(name), img_size, crop)
         except Exception as error:  # Pillow and zipfile raise nearly anything on damaged data

@@ -37,7 +37,9 @@ class Meter:
         """Take note of one number for each name. Tensors are scalars."""
         zero = torch.zeros((), device=self.device)
         for name, value in values.items():
-            value = torch.as_tensor(value, dtype=torch.float32, device=self.device).detach()
+            if not isinstance(value, Tensor):  # filled on the device: a copy would wait for it
+                value = torch.full((), value, device=self.device)
+            value = value.detach().float()
             finite = torch.isfinite(value)
             streak = (self.streaks.get(name, zero) + 1) * ~finite
             total, count, longest = self.sums.get(name, (zero, zero, zero))

@@ -62,7 +62,7 @@ class Session(Run):
         self.patience = 20 if self.dtype == torch.float16 else 1  # skipped updates in a row
         self.finished, self.stopping = self.state.step, 0  # the last finished step; a signal
         self.save_seconds = 0.0  # that the last save took
-        self.first_ended: float | None = None  # when the session's first step ended
+        self.ends: list[float] = []  # when the session's first two steps ended
         micro_batches = self.config.gradient_accumulation_steps * self.world_size
         images, total = self.config.batch_size * micro_batches, self.config.num_training_steps
         self.progress = Progress(self.state.step, total, images, show=self.rank == 0)
@@ -92,12 +92,11 @@ class Session(Run):
             self.finished = self.state.step
             self.progress.step()
             self.stopping = self.processes.stop_after(self.finished, self.stop.received)
-            now = time.monotonic()
-            if self.first_ended is None:
-                self.first_ended = now
-            elif self.first_ended:  # the second step, which is as slow as all that follow
-                self.processes.check_grace(now - self.first_ended + self.save_seconds)
-                self.first_ended = 0.0
+            if len(self.ends) < 2:
+                self.ends.append(time.monotonic())
+                if len(self.ends) == 2:  # the first step takes longer than all others
+                    step_seconds = self.ends[1] - self.ends[0]
+                    self.processes.check_grace(step_seconds + self.save_seconds)
 
     # What is due ----------------------------------------------------------------------------------
 

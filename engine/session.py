@@ -28,7 +28,7 @@ from system.device import (
 )
 from system.errors import CheckpointError, UsageError
 from system.files import FolderLock, save_json
-from system.flags import resume_rule
+from system.flags import as_flags, resume_rule
 from system.processes import Processes
 from system.terminal import say
 from utils import list_checkpoints, load_newest_checkpoint, reading
@@ -78,13 +78,13 @@ def set_up(
     """The run as it stands before its next step. Rank 0 looks for what it starts from, and the
     other processes get it from rank 0. Raises UserError, by kind."""
     processes.agree({k: v for k, v in asdict(config).items() if k not in OF_THE_MACHINE})
-    found = processes.share(find_checkpoint(config) if processes.is_main else None)
+    found = processes.from_main(lambda: find_checkpoint(config))
     start = found
     if found:
         config = resumed_config(config, found, given)
         check_split(config, found, processes.world_size)
     elif config.init_from:
-        start = processes.share(open_weights(config.init_from) if processes.is_main else None)
+        start = processes.from_main(lambda: open_weights(config.init_from))
         config = config_for_weights(config, start, given)
 
     with processes.first_of_each_machine_first():
@@ -190,17 +190,6 @@ def config_for_weights(config: Any, weights: Saved, given: frozenset[str] | None
     if other:
         say(f"the network is that of {weights.path}: {as_flags(other)}")
     return replace(config, **theirs)
-
-
-def as_flags(values: dict[str, Any]) -> str:
-    """Constants as one would type them."""
-    words = []
-    for name, value in values.items():
-        if isinstance(value, bool):
-            words.append(f"--{name}" if value else f"--no_{name}")
-        else:
-            words += [f"--{name}", *map(str, value if isinstance(value, tuple | list) else [value])]
-    return " ".join(words)
 
 
 def check_split(config: Any, saved: Saved, world_size: int) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from ema import EMA
 from formats.diffusers_folder import MAP, STEM, WEIGHTS, read_folder
 from system.errors import CheckpointError, UsageError
+from system.flags import as_flags
 from system.terminal import say
 from unet import Attention, GroupNorm, UNet, default_channel_mults
 from utils import (
@@ -127,13 +128,11 @@ def start_from(model: UNet, ema: EMA, saved: Saved, config: Any) -> None:
         with torch.device("meta"):
             same = structure(UNet(**saved.unet)) == structure(model)
     if not same:
-        wanted = []
-        for name, value in network_constants(saved, config.img_size).items():
-            if value != getattr(config, name):
-                wanted += [f"--{name}", *map(str, value if isinstance(value, tuple) else [value])]
+        theirs = network_constants(saved, config.img_size)
+        wanted = {name: value for name, value in theirs.items() if value != getattr(config, name)}
         what, fix = f"{saved.path} has another network", "use other weights"
         if wanted:
-            fix = f"give {' '.join(wanted)}, or leave out these flags"
+            fix = f"give {as_flags(wanted)}, or leave out these flags"
         raise UsageError("--init_from", what, fix)
     ours, theirs = model.state_dict(), saved.ema
     another_map = attributes != tuple(config.attributes)
@@ -143,8 +142,8 @@ def start_from(model: UNet, ema: EMA, saved: Saved, config: Any) -> None:
     text = f"started from {saved.path}, step {saved.step}"
     if another_map:
         text += "; the attributes are learned anew" if MAP in ours else "; without its attributes"
-    was = [f"--{k} {v}" for k, v in saved.diffusion.items() if v != getattr(config, k, v)]
-    say(text + (f"; note: it was trained with {' '.join(was)}" if was else ""))
+    was = {k: v for k, v in saved.diffusion.items() if v != getattr(config, k, v)}
+    say(text + (f"; note: it was trained with {as_flags(was)}" if was else ""))
 
 
 def structure(unet: UNet) -> list:

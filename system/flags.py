@@ -14,6 +14,7 @@ The trailing comment is the flag's --help text; the comment above a group of fie
 import inspect
 import os
 import re
+import shlex
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -152,6 +153,17 @@ def given(cls: type, args: Sequence[str]) -> frozenset[str]:
     flags = [arg.split("=")[0] for arg in args if arg.startswith("--")]
     names = {re.sub(r"^--(no[-_])?", "", flag).replace("-", "_") for flag in flags}
     return frozenset(about.name for about in fields(cls) if about.name in names)
+
+
+def as_flags(values: dict[str, Any]) -> str:
+    """Constants as one would type them in a shell."""
+    words = []
+    for name, value in values.items():
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no_{name}")
+        else:
+            words += [f"--{name}", *map(str, value if isinstance(value, tuple | list) else [value])]
+    return shlex.join(words)
 
 
 def _groups(default: Any, switches: list) -> dict[str, list]:

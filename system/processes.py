@@ -90,10 +90,6 @@ class Processes(contextlib.AbstractContextManager):
             dist.broadcast_object_list(made, 0, group=self.group)
         return made[0]
 
-    def share(self, state: Any) -> Any:
-        """Rank 0's state, of tensors on the CPU and plain values, in every process."""
-        return self.from_main(lambda: state)
-
     def everyone(self) -> None:
         """Wait until all processes are here."""
         self._reduce(torch.zeros(()), dist.ReduceOp.SUM)

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import runpy
+import shlex
 import shutil
 import signal
 import subprocess
@@ -23,7 +24,7 @@ import pytest
 import torch
 from PIL import Image
 
-from engine import session
+from system import flags
 from train import Config, train
 from utils import list_checkpoints, load_checkpoint
 
@@ -138,7 +139,7 @@ def write_pictures(folder: Path, count: int) -> None:
 
 def as_flags(settings: dict) -> list[str]:
     """Constants as flags on the command line."""
-    return session.as_flags(settings).split()
+    return shlex.split(flags.as_flags(settings))
 
 
 def run_script(

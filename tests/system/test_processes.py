@@ -22,6 +22,7 @@ from conftest import ROOT, TINY, as_flags, needs_posix, tensors_equal, tiny, wri
 from moments import appears, die, in_exchange, in_sampling, in_save, in_step, pause
 
 from engine.log import RunLog
+from evaluate import EvaluateConfig, evaluate
 from sample import SampleConfig, sample
 from system import flags
 from system.errors import DataError, OtherFailed, UsageError
@@ -525,3 +526,16 @@ def test_sampling_is_shared_and_gives_the_same_images(here):
         assert join(fork(2, lambda rank, config=config: sample(config))) == [0, 0], said()
     for name in ("one.png", *(f"one/{i:06d}.png" for i in range(7))):
         assert Path(name).read_bytes() == Path(name.replace("one", "two")).read_bytes()
+
+
+def test_an_evaluation_is_shared_and_measures_the_same_images(here):
+    train(tiny(num_training_steps=1))
+    options = dict(num_images=7, samplers=("dpm++:2", "ddim:3"), batch_size=2, loss_draws=0)
+    config = EvaluateConfig(checkpoint="run", features="none", **options)
+    evaluate(config)
+    sheets = [Path("run/evaluation") / name for name in ("nearest.png", "samplers.png")]
+    alone = [sheet.read_bytes() for sheet in sheets]
+    for sheet in sheets:
+        sheet.unlink()
+    assert join(fork(2, lambda rank: evaluate(config))) == [0, 0], said()
+    assert [sheet.read_bytes() for sheet in sheets] == alone
