@@ -37,6 +37,7 @@ from unet import check_shape
 LR_SCHEDULES = {
     "constant": lambda progress: 1.0,
     "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
+    "wsd": lambda progress: min(1.0, 5 * (1 - progress)),  # warm-up, stable, decay: Hu et al. 2024
 }
 
 
@@ -80,7 +81,7 @@ class Config:
     gradient_accumulation_steps: int = free(1, least=1)  # passes in an update, by each process
     optimizer: Literal[*OPTIMIZERS] = fixed("adamw")  # muon learns sooner in short runs
     learning_rate: float = steered(2e-4, above=0)  # peak; muon takes a higher one than adamw
-    lr_schedule: Literal[*LR_SCHEDULES] = steered("cosine")  # cosine falls to 0 at the end
+    lr_schedule: Literal[*LR_SCHEDULES] = steered("cosine")  # cosine, wsd: 0 at the end
     warmup_steps: int = steered(5000, least=0)  # updates in which the learning rate rises from 0
     max_grad_norm: float = steered(1.0, above=0)  # the gradient's norm is clipped to this
     ema_decay: float = fixed(0.9999, least=0, below=1)  # of the averaged weights, which generate

@@ -13,7 +13,7 @@ from dataset import Batches, load_faces
 from diffusion import Diffusion
 from engine.run import Run
 from engine.state import diffusion_arguments, make_state, unet_arguments
-from train import Config, learning_rate, loss_of, seed_of, train, train_step
+from train import LR_SCHEDULES, Config, learning_rate, loss_of, seed_of, train, train_step
 from utils import checkpoint_path, load_checkpoint
 
 CPU = torch.device("cpu")
@@ -161,19 +161,20 @@ def test_processes_take_the_micro_batches_in_turns(faces):
 # The learning rate -------------------------------------------------------------------------------
 
 
-def test_learning_rate_rises_in_the_warm_up_and_then_stays_or_falls_to_zero():
-    for schedule in ("constant", "cosine"):
+def test_learning_rate_rises_in_the_warm_up_and_then_follows_its_schedule():
+    halfway = {"constant": 1.0, "cosine": 0.5, "wsd": 1.0}
+    assert halfway.keys() == LR_SCHEDULES.keys()
+    for schedule, factor in halfway.items():
         config = tiny(num_training_steps=1000, warmup_steps=100, lr_schedule=schedule)
-        rates = [learning_rate(config, step) for step in range(1000)]
-        assert rates[0] == pytest.approx(config.learning_rate / 100)
+        rates = [learning_rate(config, step) / config.learning_rate for step in range(1000)]
+        assert rates[0] == pytest.approx(0.01)
         assert all(a < b for a, b in zip(rates[:99], rates[1:100], strict=True))
-        assert max(rates) == pytest.approx(config.learning_rate, rel=1e-4)
-        pairs = list(zip(rates[100:], rates[101:], strict=False))
-        if schedule == "constant":
-            assert all(a == b for a, b in pairs)
-        else:
-            assert all(a > b for a, b in pairs) and rates[-1] < 1e-4 * config.learning_rate
-            assert rates[550] == pytest.approx(config.learning_rate / 2, rel=1e-2)
+        assert max(rates) == pytest.approx(1, rel=1e-4)
+        assert all(a >= b for a, b in zip(rates[100:], rates[101:], strict=False))
+        assert rates[550] == pytest.approx(factor, rel=1e-2)
+        assert schedule == "constant" or rates[-1] < 0.01
+        if schedule == "wsd":
+            assert rates[819] == 1 and rates[910] == pytest.approx(0.5)
 
 
 def test_longer_run_resumed_goes_on_with_the_longer_cosine(here):
