@@ -15,91 +15,90 @@ from dataset.decoding import decode_face
 from dataset.faces import load_faces
 from system.errors import DataError, UsageError
 
-TRAINED, HELD_OUT = 7, 3  # images in each part
-TEN = [f"kind {i}" for i in range(10)]
+# Each has ten images, of the classes 0 to 9; the last three are held out.
+TRAIN, TEST = slice(7), slice(7, 10)
+LABELS = np.arange(10)
+KINDS = [f"kind {i}" for i in range(10)]
 
 
-def pixels(count, size, seed):
-    return np.random.default_rng(seed).integers(0, 256, (count, size, size, 3), np.uint8)
+def pixels(size):
+    return np.random.default_rng(size).integers(0, 256, (10, size, size, 3), np.uint8)
 
 
 def write_cifar10(root):
     root = root / "cifar-10-batches-py"
     root.mkdir(parents=True)
-    images = pixels(TRAINED + HELD_OUT, 32, 1)
-    rows = images.transpose(0, 3, 1, 2).reshape(len(images), -1)
-    labels = [i % 10 for i in range(len(images))]
+    images = pixels(32)
+    rows = images.transpose(0, 3, 1, 2).reshape(10, -1)
     parts = {f"data_batch_{i}": slice(i - 1, i) for i in range(1, 5)}
-    parts |= {"data_batch_5": slice(4, TRAINED), "test_batch": slice(TRAINED, None)}
+    parts |= {"data_batch_5": slice(4, 7), "test_batch": TEST}
     for name, part in parts.items():
-        (root / name).write_bytes(pickle.dumps({"data": rows[part], "labels": labels[part]}))
-    (root / "batches.meta").write_bytes(pickle.dumps({"label_names": TEN}))
-    return images, labels, [f"kind_{i}" for i in range(10)]
+        (root / name).write_bytes(pickle.dumps({"data": rows[part], "labels": [*LABELS[part]]}))
+    (root / "batches.meta").write_bytes(pickle.dumps({"label_names": KINDS}))
+    return images, "kind_0"
 
 
 def write_mnist(root, kind="MNIST"):
     root = root / kind / "raw"
     root.mkdir(parents=True)
-    images = pixels(TRAINED + HELD_OUT, 28, 2)[..., 0]
-    labels = [i % 10 for i in range(len(images))]
-    for name, part in (("train", slice(TRAINED)), ("t10k", slice(TRAINED, None))):
-        some = images[part]
-        header = struct.pack(">4I", 2051, len(some), 28, 28)
-        (root / f"{name}-images-idx3-ubyte").write_bytes(header + some.tobytes())
-        header = struct.pack(">2I", 2049, len(some))
-        (root / f"{name}-labels-idx1-ubyte").write_bytes(header + bytes(labels[part]))
-    return np.repeat(images[..., None], 3, axis=-1), labels, [str(i) for i in range(10)]
+    images = pixels(28)[..., 0]
+    for name, part in (("train", TRAIN), ("t10k", TEST)):
+        count = len(LABELS[part])
+        header = struct.pack(">4I", 2051, count, 28, 28)
+        (root / f"{name}-images-idx3-ubyte").write_bytes(header + images[part].tobytes())
+        header = struct.pack(">2I", 2049, count)
+        (root / f"{name}-labels-idx1-ubyte").write_bytes(header + bytes(LABELS[part].tolist()))
+    return np.repeat(images[..., None], 3, axis=-1), "0"
 
 
 def write_fashion_mnist(root):
-    return *write_mnist(root, "FashionMNIST")[:2], ["T-shirt/top", "Trouser", "Pullover"]
+    return write_mnist(root, "FashionMNIST")[0], "T-shirt/top"
 
 
 def write_svhn(root):
     from scipy import io
 
     root.mkdir(parents=True)
-    images, labels = pixels(TRAINED + HELD_OUT, 32, 3), [i % 10 for i in range(10)]
-    for name, part in (("train", slice(TRAINED)), ("test", slice(TRAINED, None))):
-        y = np.array([[label or 10] for label in labels[part]], np.uint8)  # their 0 is a 10
-        contents = {"X": images[part].transpose(1, 2, 3, 0), "y": y}
-        io.savemat(root / f"{name}_32x32.mat", contents)
-    return images, labels, [str(i) for i in range(10)]
+    images = pixels(32)
+    for name, part in (("train", TRAIN), ("test", TEST)):
+        y = np.where(LABELS == 0, 10, LABELS)[part, None]  # their 0 is a 10
+        io.savemat(root / f"{name}_32x32.mat", {"X": images[part].transpose(1, 2, 3, 0), "y": y})
+    return images, "0"
 
 
 def write_stl10(root):
     root = root / "stl10_binary"
     root.mkdir(parents=True)
-    images = pixels(TRAINED + HELD_OUT, 96, 4)
-    parts = {"train": slice(4), "unlabeled": slice(4, TRAINED), "test": slice(TRAINED, None)}
-    labels = [i % 10 for i in range(len(images))]
-    for name, part in parts.items():
+    images = pixels(96)
+    for name, part in (("train", slice(4)), ("unlabeled", slice(4, 7)), ("test", TEST)):
         (root / f"{name}_X.bin").write_bytes(images[part].transpose(0, 3, 2, 1).tobytes())
-        (root / f"{name}_y.bin").write_bytes(bytes(label + 1 for label in labels[part]))
-    (root / "unlabeled_y.bin").unlink()
-    (root / "class_names.txt").write_text("\n".join(TEN) + "\n")
-    labels[parts["unlabeled"]] = [-1] * (TRAINED - 4)
-    return images, labels, [f"kind_{i}" for i in range(10)]
+        if name != "unlabeled":
+            (root / f"{name}_y.bin").write_bytes(bytes((LABELS[part] + 1).tolist()))
+    (root / "class_names.txt").write_text("\n".join(KINDS) + "\n")
+    return images, "kind_0"
 
 
 def write_flowers102(root):
     from scipy import io
 
-    (root / "flowers-102" / "jpg").mkdir(parents=True)
-    labels, images = np.arange(1, 11), []
+    root = root / "flowers-102"
+    (root / "jpg").mkdir(parents=True)
     for number in range(1, 11):
-        data = jpeg(number, (40, 40))
-        (root / "flowers-102" / "jpg" / f"image_{number:05d}.jpg").write_bytes(data)
-        images.append(np.asarray(decode_face(data, 40)))
+        (root / "jpg" / f"image_{number:05d}.jpg").write_bytes(jpeg(number, (40, 40)))
     split = {"trnid": [[1, 2, 3]], "tstid": [[4, 5, 6, 7]], "valid": [[8, 9, 10]]}
-    io.savemat(root / "flowers-102" / "imagelabels.mat", {"labels": labels[None]})
-    io.savemat(root / "flowers-102" / "setid.mat", split)
-    return np.stack(images), [i - 1 for i in labels], ["pink_primrose"]
+    io.savemat(root / "imagelabels.mat", {"labels": LABELS[None] + 1})
+    io.savemat(root / "setid.mat", split)
+    return [decode_face(jpeg(number, (40, 40)), 40) for number in range(1, 11)], "pink_primrose"
 
 
-WRITERS = {name: globals()[f"write_{name}"] for name in (
-    "cifar10", "mnist", "fashion_mnist", "svhn", "stl10", "flowers102"
-)}  # fmt: skip
+WRITERS = dict(
+    cifar10=write_cifar10,
+    mnist=write_mnist,
+    fashion_mnist=write_fashion_mnist,
+    svhn=write_svhn,
+    stl10=write_stl10,
+    flowers102=write_flowers102,
+)
 
 
 @pytest.fixture
@@ -112,24 +111,17 @@ def any_checksum(monkeypatch):
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_a_data_set_of_torchvision_has_its_images_its_classes_and_its_split(name, any_checksum):
-    images, labels, classes = WRITERS[name](Path("data") / name)
-    faces = load_faces(name, images.shape[1], attributes=("all",))
+    images, first_class = WRITERS[name](Path("data") / name)
+    faces = load_faces(name, len(images[0]), attributes=("all",))
     np.testing.assert_array_equal(faces.images, images)
-    assert faces.attribute_names[: len(classes)] == tuple(classes)
-    wanted = np.where(np.array(labels)[:, None] == np.arange(len(faces.attribute_names)), 1, -1)
-    wanted[np.array(labels) < 0] = 0
+    assert faces.attribute_names[0] == first_class
+    wanted = np.where(LABELS[:, None] == np.arange(len(faces.attribute_names)), 1, -1)
+    wanted[4 : 7 if name == "stl10" else 4] = 0  # not known
     np.testing.assert_array_equal(faces.attributes, wanted)
-    assert faces.train.tolist() == list(range(TRAINED)) and len(faces.held_out) == HELD_OUT
+    assert all(row.count("+") == 1 for row in faces.usual_attributes(20))
+    assert faces.train.tolist() == list(range(7)) and len(faces.held_out) == 3
     assert f"from data/{name}" in faces.description and faces.crop == "square"
-    assert load_faces(name, 8, only=[classes[0].upper()]).train.tolist() == [
-        i for i in range(TRAINED) if labels[i] == 0
-    ]
-
-
-def test_images_without_a_known_class_are_no_usual_ones(any_checksum):
-    write_stl10(Path("data/stl10"))
-    rows = load_faces("stl10", 8, attributes=("all",)).usual_attributes(20)
-    assert len(rows) == 20 and all(row.count("+") == 1 for row in rows)
+    assert load_faces(name, 8, only=[first_class.upper()]).train.tolist() == [0]
 
 
 def test_a_data_set_is_downloaded_once_into_a_folder_that_is_said(monkeypatch, capsys):
@@ -162,7 +154,7 @@ def test_a_failed_download_and_a_missing_package_are_one_line(monkeypatch, any_c
         load_faces("hf:owner/name", 8)
 
 
-# ---- The Hub's library ----
+# The Hub's library -------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -189,16 +181,11 @@ def table(hub, numbers, label):
     return hub.Dataset.from_dict(columns, hub.Features(features))
 
 
-def write_parquet(hub, label="declared", split=True):
-    Path("mine/data").mkdir(parents=True)
-    table(hub, range(7), label).to_parquet("mine/data/train-00000-of-00001.parquet")
-    if split:
-        table(hub, range(7, 10), label).to_parquet("mine/data/test-00000-of-00001.parquet")
-
-
 @pytest.mark.parametrize("label", ["declared", "label", ""])
 def test_a_folder_of_parquet_files_has_its_images_its_labels_and_its_split(hub, label):
-    write_parquet(hub, label)
+    Path("mine/data").mkdir(parents=True)
+    for name, numbers in (("train", range(7)), ("test", range(7, 10))):
+        table(hub, numbers, label).to_parquet(f"mine/data/{name}-00000-of-00001.parquet")
     faces = load_faces("mine", 16, attributes=("all",) if label else ())
     expected = [decode_face(jpeg(i, (16, 16)), 16) for i in range(10)]
     np.testing.assert_array_equal(faces.images, expected)
@@ -206,7 +193,7 @@ def test_a_folder_of_parquet_files_has_its_images_its_labels_and_its_split(hub, 
     if label:
         frog = faces.attribute_names.index("a_frog")
         assert sorted(faces.attribute_names) == ["a_cat", "a_frog"]
-        assert (faces.attributes[:, frog] == [1 if i % 2 == 0 else -1 for i in range(10)]).all()
+        assert faces.attributes[:, frog].tolist() == [1, -1] * 5
         assert (faces.attributes.sum(1) == 0).all()
     assert load_faces("mine", 16).key == faces.key
 
@@ -220,6 +207,10 @@ def test_parquet_files_of_another_program_are_read(hub):
     faces = load_faces("mine", 16, attributes=["20"])
     assert len(faces.images) == 21 and faces.held_out.tolist() == [19]
     assert np.flatnonzero(faces.attributes[:, 0] == 1).tolist() == [20]
+    rows[2]["bytes"] = rows[2]["bytes"][:300]
+    pandas.DataFrame({"image": rows}).to_parquet("mine/0.parquet")
+    with pytest.raises(DataError, match=r"^mine: 1 of 21 images cannot be used: 2 \("):
+        load_faces("mine", 16)
     pandas.DataFrame({"text": ["a"]}).to_parquet("mine/0.parquet")
     with pytest.raises(DataError, match="^mine: has no column of images, only text"):
         load_faces("mine", 16)
@@ -238,12 +229,3 @@ def test_a_name_on_the_hub_is_loaded_by_the_library(hub, monkeypatch, capsys):
     assert faces.train.tolist() == [0] and faces.held_out.tolist() == [1, 2]
     np.testing.assert_array_equal(faces.images[0], decode_face(jpeg(1, (16, 16)), 16))
     assert "from hf:owner/name" in faces.description
-
-
-def test_a_damaged_image_in_a_table_is_named(hub):
-    Path("mine").mkdir()
-    rows = [{"bytes": jpeg(i)[: 300 if i == 2 else None], "path": None} for i in range(4)]
-    features = hub.Features({"image": hub.Image(decode=False)})
-    hub.Dataset.from_dict({"image": rows}, features).to_parquet("mine/train.parquet")
-    with pytest.raises(DataError, match=r"^mine: 1 of 4 images cannot be used: 2 \("):
-        load_faces("mine", 16)
