@@ -6,7 +6,7 @@ A down stage has `num_res_blocks` residual blocks and then halves the image (exc
 An up stage has one block more, concatenates one skip connection to the input of each block, and
 then doubles the image. Blocks are followed by attention if the stage's resolution is one of
 `attn_resolutions`. The time t enters every residual block through a sinusoidal embedding and a
-small MLP. The maths is that of diffusers' `UNet2DModel`, so weights move both ways (convert.py).
+small MLP. The maths is that of diffusers' `UNet2DModel`, so weights move both ways.
 """
 
 import math

@@ -26,7 +26,7 @@ from system.device import (
     precision_note,
     set_up_device,
 )
-from system.errors import CheckpointError, UsageError
+from system.errors import UsageError
 from system.files import FolderLock, save_json
 from system.flags import as_flags, resume_rule
 from system.processes import Processes
@@ -135,11 +135,7 @@ def find_checkpoint(config: Any) -> Saved | None:
         if found is None:
             say(f"nothing to resume in {folder}: starting at step 0")
             return None
-        saved = Saved.of(*found)
-        if "optimizer" not in saved.contents:  # converted from diffusers
-            fix = f"start a new run with --init_from {saved.path} and another --experiment_name"
-            raise CheckpointError(saved.path, "holds weights only, so nothing can be resumed", fix)
-        return saved
+        return Saved.of(*found)
     if list_checkpoints(folder):
         what = f"{folder} already holds the checkpoints of a run"
         fix = "pass --resume to go on, or choose another name"

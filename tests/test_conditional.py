@@ -136,9 +136,9 @@ def test_image_of_which_nothing_is_said_gets_the_attributes_of_a_training_face(r
 
 def test_usual_attributes_travel_to_diffusers_and_are_checked(run):
     wanted = load_trained(run).usual_attributes
-    convert(ConvertConfig(to_diffusers=str(run), out="folder"))
+    convert(ConvertConfig(checkpoint=str(run), out="folder"))
     assert torch.equal(load_trained("folder").usual_attributes, wanted)
-    convert(ConvertConfig(to_diffusers=str(run), condition=("Smiling",), out="smiling"))
+    convert(ConvertConfig(checkpoint=str(run), condition=("Smiling",), out="smiling"))
     assert not load_trained("smiling").attribute_names
     state = final()
     state["settings"]["usual_attributes"] = ["++", "+"]

@@ -1,16 +1,16 @@
-"""The command that converts weights to diffusers, and back."""
+"""The command that writes weights for diffusers."""
 
 import json
 import shutil
 from pathlib import Path
 
 import pytest
-from conftest import assert_error, run_script, tensors_equal, tiny, write_pictures
+from conftest import run_script, tensors_equal, tiny, write_pictures
 
 from convert import ConvertConfig, convert
+from formats.weights import open_weights
 from system.errors import UsageError, UserError
 from train import train
-from utils import list_checkpoints, load_checkpoint
 
 WIDE = dict(channels=64, channel_mults=(1, 1), head_dim=64, num_timesteps=20)
 
@@ -22,7 +22,7 @@ def made(tmp_path_factory):
     patch.chdir(tmp_path_factory.mktemp("made"))
     write_pictures(Path(), 22)
     train(tiny(**WIDE, num_training_steps=3))
-    convert(ConvertConfig(to_diffusers="run", out="folder"))
+    convert(ConvertConfig(checkpoint="run", out="folder"))
     yield Path().resolve()
     patch.undo()
 
@@ -35,25 +35,13 @@ def there(made, tmp_path, monkeypatch):
     return tmp_path
 
 
-def newest(folder):
-    return load_checkpoint(list_checkpoints(Path(folder))[0])
-
-
-def test_command_converts_there_and_back(there):
-    result = run_script("convert.py", "--to_diffusers", "run", "--out", "there", "--half", new=True)
+def test_command_writes_weights_that_are_read_without_conversion(there):
+    result = run_script("convert.py", "--checkpoint", "run", "--out", "there", "--half", new=True)
     assert result.returncode == 0 and "there" in result.stdout, result.stderr
-    result = run_script("convert.py", "--from_diffusers", "folder", "--out", "back")
-    assert result.returncode == 0, result.stderr
-    saved, ours = newest("back"), newest("run")
-    assert saved["step"] == 3 and saved["settings"]["img_size"] == 8
-    assert tensors_equal(saved["ema"]["model"], ours["ema"]["model"])
-    assert saved["diffusion"] == ours["diffusion"]
-
-
-def test_converted_weights_cannot_be_resumed_and_the_error_says_how_to_go_on(there):
-    convert(ConvertConfig(from_diffusers="folder", out="back"))
-    words = "--experiment_name back --path_to_data pictures --resume".split()
-    assert_error(run_script("train.py", *words), 4, "holds weights only", "--init_from back")
+    saved, ours = open_weights("folder"), open_weights("run")
+    assert saved.step == 3 and saved.settings["img_size"] == 8
+    assert tensors_equal(saved.ema, ours.ema)
+    assert saved.diffusion == ours.diffusion
 
 
 def test_nothing_of_the_machine_is_in_the_folder(there):
@@ -65,30 +53,20 @@ def test_nothing_of_the_machine_is_in_the_folder(there):
 @pytest.mark.parametrize(
     "flags, part",
     [
-        (dict(), "--to_diffusers: there is not one thing"),
-        (dict(to_diffusers="run", from_diffusers="folder", out="x"), "not one thing"),
-        (dict(to_diffusers="run"), "--out: is not given"),
-        (dict(to_diffusers="run", out="folder"), "--out: folder exists"),
-        (dict(to_diffusers="run", out="x", condition=("Smiling",)), "--condition"),
-        (dict(from_diffusers="run", out="x"), "--from_diffusers"),
-        (dict(from_diffusers="folder", out="x", half=True), "--half"),
-        (dict(from_diffusers="nothing", out="x"), "nothing: does not exist"),
+        (dict(), "--out: is not given"),
+        (dict(out="folder"), "--out: folder exists"),
+        (dict(out="x", condition=("Smiling",)), "--condition"),
+        (dict(out="x", checkpoint="pictures"), "pictures: has no weights"),
     ],
 )
 def test_mistakes_are_refused_and_write_nothing(there, flags, part):
     with pytest.raises(UserError, match=part):
-        convert(ConvertConfig(**flags))
+        convert(ConvertConfig(**{"checkpoint": "run"} | flags))
     assert not (there / "x").exists()
-
-
-def test_mistake_of_the_command_is_one_error(there):
-    assert_error(
-        run_script("convert.py", "--from_diffusers", "pictures", "--out", "x"), 4, "has no"
-    )
 
 
 def test_network_that_cannot_be_expressed_is_one_error_and_writes_nothing(here):
     train(tiny(num_training_steps=1, channels=24, head_dim=24))
     with pytest.raises(UsageError, match="cannot be expressed in diffusers .norm_groups: "):
-        convert(ConvertConfig(to_diffusers="run", out="folder"))
+        convert(ConvertConfig(checkpoint="run", out="folder"))
     assert not Path("folder").exists()

@@ -187,9 +187,9 @@ def test_run_is_guided_by_its_own_early_checkpoint(run):
 
 def test_folder_of_weights_is_guided_by_the_folder_beside_it(here):
     train(tiny(norm_groups=4))
-    convert(ConvertConfig(to_diffusers="run", out="mine"))
+    convert(ConvertConfig(checkpoint="run", out="mine"))
     plain = saved_images(checkpoint="mine")
-    convert(ConvertConfig(to_diffusers=EARLY, out="mine_guide"))
+    convert(ConvertConfig(checkpoint=EARLY, out="mine_guide"))
     assert not np.array_equal(saved_images(checkpoint="mine"), plain)
     assert np.array_equal(saved_images(checkpoint="mine", guide="none"), plain)
 

@@ -30,7 +30,7 @@ def made(tmp_path_factory):
     patch.chdir(tmp_path_factory.mktemp("made"))
     write_pictures(Path(), 22)
     train(tiny(**WIDE, num_training_steps=3))
-    convert(ConvertConfig(to_diffusers="run", out="folder"))
+    convert(ConvertConfig(checkpoint="run", out="folder"))
     yield Path().resolve()
     patch.undo()
 
