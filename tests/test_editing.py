@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny
+from exact import Gaussian, alpha_bar_at
 from PIL import Image, ImageDraw, ImageOps
 
 from dataset.decoding import crop_face
@@ -15,7 +16,7 @@ from diffusion import Diffusion
 from editing import between, edit_loop, encode, noise_of, read_image, read_mask, repeat_stretches
 from generate import generate, load_trained
 from sample import SampleConfig, sample
-from samplers import IMAGE, SAMPLERS
+from samplers import SAMPLERS
 from system.errors import DataError, UsageError, UserError
 from train import train
 from utils import to_uint8
@@ -55,21 +56,8 @@ def pixels_of(name: str) -> np.ndarray:
     return np.asarray(crop_face(Image.open(name).convert("RGB"), SIZE)).astype(int)
 
 
-def alpha_bar_at(d: Diffusion, t: torch.Tensor) -> float:
-    log_sigmas = (1 / d.schedule - 1).log().numpy() / 2
-    return 1 / (1 + np.exp(2 * np.interp(float(t[0]), np.arange(len(log_sigmas)), log_sigmas)))
-
-
-class Exact:
-    """A trained network of images that are normal with deviation 0.2, known exactly."""
-
-    def __init__(self):
-        self.diffusion = Diffusion(prediction="eps", dtype=torch.float64)
-
-    def __call__(self, x_t, t, attributes=None):
-        alpha_bar = alpha_bar_at(self.diffusion, t)
-        x_0 = alpha_bar**0.5 * 0.04 / (alpha_bar * 0.04 + 1 - alpha_bar) * x_t
-        return (x_t - alpha_bar**0.5 * x_0) / (1 - alpha_bar) ** 0.5
+def exact() -> Gaussian:
+    return Gaussian(Diffusion(prediction="eps", dtype=torch.float64), mean=0.0)
 
 
 def last(moves) -> torch.Tensor:
@@ -125,31 +113,21 @@ def test_repair_by_the_exact_network_follows_what_is_known(sampler, times):
 
 
 def test_each_stretch_of_a_repair_is_repeated_as_often_as_asked():
-    d, seen = Diffusion(100, dtype=torch.float64), []
-
-    def predict(x, t, alpha_bar):
-        seen.append(t)
-        return x.clamp(-1, 1), torch.zeros_like(x)
-
-    def draw():
-        return torch.randn(2, 1, 4, 4).double()
-
+    d, draw = Diffusion(100), partial(torch.randn, 2, 1, 4, 4)
+    run = partial(SAMPLERS["ddim"].run, lambda x, *_: (x.clamp(-1, 1), x), draw=draw, eta=0.0)
     for steps, times, stretch in ((10, 3, 1), (50, 2, 2), (7, 1, 7)):
-        seen.clear()
-        levels = SAMPLERS["ddim"].levels(d.schedule, steps)
-        assert levels[-1] == IMAGE and len(levels) == steps + 1
-        run = partial(SAMPLERS["ddim"].run, predict, draw=draw, eta=0.0)
-        assert len(list(repeat_stretches(run, draw(), levels, draw, times))) == steps * times
+        levels = d.levels("ddim", steps)
+        found = [t for t, *_ in repeat_stretches(run, draw(), levels, draw, times)]
         grid = [level.t for level in levels[:-1]]
         parts = [grid[i : i + stretch] for i in range(0, steps, stretch)]
-        assert seen == [t for part in parts for _ in range(times) for t in part]
+        assert found == [t for part in parts for _ in range(times) for t in part]
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_noise_between_two_passes_is_that_of_the_level(sampler):
     """x keeps the variance that it has at each level, however often it goes up and down."""
-    exact, d = Exact(), Exact().diffusion
-    predict, draw = d.predictor(exact), partial(torch.randn, 2000, 1, 1, 1, dtype=torch.float64)
+    model, d = exact(), exact().diffusion
+    predict, draw = d.predictor(model), partial(torch.randn, 2000, 1, 1, 1, dtype=torch.float64)
     run = partial(SAMPLERS[sampler].run, predict, draw=draw, eta=0.0)
     levels = d.levels(sampler, 250)
     for t, x_t, _ in repeat_stretches(run, draw(), levels, draw, 3):
@@ -177,7 +155,7 @@ def test_the_stronger_the_change_the_further_from_the_image(sampler):
     image, distances = torch.linspace(-0.9, 0.9, 64).view(1, 1, 8, 8).double(), []
     for strength in (0.1, 0.4, 0.7, 1.0):
         options = dict(sampler=sampler, steps=10, image=image, strength=strength)
-        images = last(edit_loop(Exact(), range(64), **options))
+        images = last(edit_loop(exact(), range(64), **options))
         distances.append(float((images - image).abs().mean()))
     assert distances == sorted(distances) and distances[0] < 0.5 * distances[-1]
 
@@ -212,23 +190,23 @@ def test_way_of_a_repair_is_saved_as_a_gif(trained):
 
 
 def test_exact_network_finds_the_noise_from_which_it_generates():
-    exact = Exact()
+    model = exact()
     images = 0.2 * torch.randn(50, 1, 4, 4, generator=torch.Generator().manual_seed(0)).double()
     errors = []
     for steps in (20, 50, 250):
-        noise = encode(exact, images, steps)
+        noise = encode(model, images, steps)
         assert abs(noise.std() - 1) < 0.15
-        back = exact.diffusion.sample(exact, images.shape, steps=steps, x_T=noise)
+        back = model.diffusion.sample(model, images.shape, steps=steps, x_T=noise)
         errors.append(float((back - images).abs().mean() / images.abs().mean()))
     assert errors == sorted(errors, reverse=True) and errors[-1] < 0.02, errors
 
 
 def test_interpolation_leads_from_one_file_to_the_other(trained):
-    way = edited(5, interpolate=("face.png", "other.png"), steps=50)
+    way = edited(5, interpolate=("face.png", "other.png"), steps=12)
     ends = [to_uint8(read_image(name, trained))[0].numpy() for name in ("face.png", "other.png")]
     to_ends = [[np.abs(image - end).mean() for image in way] for end in ends]
     assert np.argmin(to_ends[0]) == 0 and np.argmin(to_ends[1]) == 4
-    mixed = edited(3, interpolate=(3, "face.png"), steps=50)
+    mixed = edited(3, interpolate=(3, "face.png"), steps=12)
     np.testing.assert_allclose(mixed[-1], way[0], atol=1)
 
 
@@ -279,11 +257,9 @@ def test_hole_may_be_a_box_white_on_black_strokes_or_an_erased_part(trained):
         (dict(image="face.png", mask="black.png"), UsageError, ("--mask", "black.png", "no hole")),
         (dict(image="face.png", mask="other.png"), UsageError, ("--mask", "not black and white")),
         (dict(image="face.png", mask="10:10,0:100"), UsageError, ("--mask", "no hole")),
-        (dict(image="face.png", mask="text.png"), DataError, ("text.png",)),
         (dict(image="none.png", strength=0.5), DataError, ("none.png",)),
         (dict(image="text.png", strength=0.5), DataError, ("text.png",)),
         (dict(image="pictures", strength=0.5), DataError, ("pictures",)),
-        (dict(interpolate=("face.png", "none.png")), DataError, ("none.png",)),
         (dict(image="face.png"), UsageError, ("--image",)),
         (dict(image="face.png", strength=1.2), UsageError, ("--strength",)),
         (dict(strength=0.5), UsageError, ("--strength",)),
