@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 # Tests are of the CPU, also on a machine with a GPU: forks and equal bits would fail there. Those
 # for a GPU run alone: pytest -m gpu -n 0. The workers of pytest-xdist inherit what is set here.
@@ -24,9 +25,10 @@ import pytest
 import torch
 from PIL import Image
 
+from convert import ConvertConfig, convert
 from system import flags
 from train import Config, train
-from utils import list_checkpoints, load_checkpoint
+from utils import checkpoint_path, list_checkpoints, load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 STATE = ("step", "model", "ema", "optimizer", "scaler")
@@ -52,6 +54,10 @@ TINY = dict(
     num_samples=4,
     save_every=3,
 )
+
+
+# A network that diffusers has too: one number of groups, one of channels of a head.
+WIDE = dict(channels=64, channel_mults=(1, 1), head_dim=64, num_timesteps=20)
 
 
 def tiny(**changes) -> Config:
@@ -93,7 +99,8 @@ def unbroken(tmp_path_factory):
             folder = tmp_path_factory.mktemp("unbroken")
             write_pictures(folder, 22)
             with contextlib.chdir(folder):
-                ends[config] = load_checkpoint(list_checkpoints(train(config))[0])
+                train(config)
+                ends[config] = final()
         return ends[config]
 
     return end
@@ -116,6 +123,26 @@ def run(finished, tmp_path, monkeypatch):
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return Path("run")
+
+
+@pytest.fixture(scope="session")
+def converted(tmp_path_factory):
+    """A folder with images, a run of WIDE, `run`, and its weights for diffusers, `folder`. No
+    test may change it."""
+    folder = tmp_path_factory.mktemp("converted")
+    write_pictures(folder, 22)
+    with contextlib.chdir(folder):
+        train(tiny(**WIDE, num_training_steps=3))
+        convert(ConvertConfig(checkpoint="run", out="folder"))
+    return folder
+
+
+@pytest.fixture
+def there(converted, tmp_path, monkeypatch):
+    """The current folder: a copy of `converted`."""
+    shutil.copytree(converted, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 @pytest.fixture
@@ -162,31 +189,9 @@ def in_fork(
     work: Callable, words: list[str] = sys.argv, timeout: float = 120
 ) -> subprocess.CompletedProcess:
     """Do `work` in a forked process, with these words as its command line and with streams of its
-    own. Returns what `subprocess.run` would."""
-    needs_posix()
+    own. Returns what `subprocess.run` would; -9 is the code of one killed after the timeout."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
-        pid = os.fork()
-        if pid == 0:
-            code = 1
-            try:
-                for number, file in enumerate((open(os.devnull), out, errors)):
-                    os.dup2(file.fileno(), number)
-                for number, name in enumerate(("stdin", "stdout", "stderr")):
-                    stream = open(number, "w" if number else "r", closefd=False)
-                    setattr(sys, name, stream)
-                sys.argv = words
-                work()
-                code = 0
-            except SystemExit as stop:
-                code = stop.code or 0
-            except BaseException as error:
-                code = getattr(error, "exit_code", 1)
-                traceback.print_exc()
-            finally:
-                for stream in (sys.stdout, sys.stderr):
-                    stream.flush()
-                os._exit(code)
-        end = time.monotonic() + timeout
+        pid, end = fork(work, out, errors, words), time.monotonic() + timeout
         while not (found := os.waitpid(pid, os.WNOHANG))[0]:
             if time.monotonic() > end:
                 os.kill(pid, signal.SIGKILL)
@@ -196,6 +201,53 @@ def in_fork(
             file.seek(0)
             texts.append(file.read().decode("utf-8", "replace"))
     return subprocess.CompletedProcess(words, os.waitstatus_to_exitcode(found[1]), *texts)
+
+
+def fork(work: Callable, out: BinaryIO, errors: BinaryIO, words: list[str] = sys.argv) -> int:
+    """Begin to do `work` in a forked process, with these words as its command line and these files
+    as its stdout and stderr. Returns its number."""
+    needs_posix()
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        for number, file in enumerate((open(os.devnull), out, errors)):
+            os.dup2(file.fileno(), number)
+        for number, name in enumerate(("stdin", "stdout", "stderr")):
+            setattr(sys, name, open(number, "w" if number else "r", buffering=1, closefd=False))
+        sys.argv = words
+        work()
+        code = 0
+    except SystemExit as stop:
+        code = stop.code or 0
+    except BaseException as error:
+        code = getattr(error, "exit_code", 1)
+        traceback.print_exc()
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(code)
+
+
+def final(name: str = "run", step: int | None = None) -> dict:
+    """What the checkpoint of a step of a run holds, or its newest."""
+    path = checkpoint_path(Path(name), step) if step else list_checkpoints(Path(name))[0]
+    return load_checkpoint(path)
+
+
+def saved_steps(name: str = "run") -> list[int]:
+    """The steps of which a run has checkpoints, the newest first."""
+    return [int(path.stem[5:]) for path in list_checkpoints(Path(name))]
+
+
+def refuse(number: int, name: str | None = None) -> Callable:
+    """A call that the system refuses with the error of that number, for the file of that name."""
+
+    def call(*_, **__):
+        raise OSError(number, os.strerror(number), name)
+
+    return call
 
 
 def assert_error(result: subprocess.CompletedProcess, code: int, *parts: str) -> None:
