@@ -13,7 +13,7 @@ from dataclasses import asdict, fields, replace
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, as_flags, needs_posix, run_script, tiny
+from conftest import TINY, as_flags, needs_posix, refuse, run_script, tiny
 
 from convert import ConvertConfig
 from evaluate import EvaluateConfig
@@ -69,7 +69,6 @@ def test_flag_beside_demo_wins_over_it():
     assert flags.parse(Config, [], "", PRESETS) == Config()
     check_config(Config())
     check_config(demo)
-    assert all(value != getattr(Config(), name) for name, value in DEMO.items())
 
 
 def test_flags_that_are_given_are_told_from_their_values():
@@ -139,40 +138,27 @@ def no_more_threads():
     raise RuntimeError("can't start new thread")
 
 
-@pytest.mark.parametrize(
-    "take",
-    [
-        lambda: torch.empty(10**15),
-        lambda: torch.empty(10**10, 10**10),
-        lambda: np.empty(10**16),
-        lambda: bytearray(10**16),
-        no_more_threads,
-    ],
-)
-def test_memory_that_does_not_suffice_is_one_line(command, capfd, take):
-    with pytest.raises(SystemExit) as stop:
-        flags.run(take, fix="lower --batch_size")
-    lines = capfd.readouterr().err.splitlines()
-    assert stop.value.code == 5 and len(lines) == 1
-    assert lines[0].startswith("error: memory: ") and ". Fix: lower --batch_size" in lines[0]
+MEMORY = "error: memory: .*Fix: lower --batch_size"
 
 
 @pytest.mark.parametrize(
-    "number, name, words",
+    "main, said",
     [
-        (errno.EMFILE, "a.py", "a.py: Too many open files"),
-        (errno.EACCES, None, "the system: Permission denied"),
-        (errno.ENAMETOOLONG, "a" * 5000, "aaa: File name too long"),
+        (lambda: torch.empty(10**15), MEMORY),
+        (lambda: torch.empty(10**10, 10**10), MEMORY),
+        (lambda: np.empty(10**16), MEMORY),
+        (lambda: bytearray(10**16), MEMORY),
+        (no_more_threads, MEMORY),
+        (refuse(errno.EMFILE, "a.py"), "error: a.py: Too many open files.*Fix: "),
+        (refuse(errno.EACCES, None), "error: the system: Permission denied.*Fix: "),
+        (refuse(errno.ENAMETOOLONG, "a" * 5000), "error: aaa+: File name too long.*Fix: "),
     ],
 )
-def test_what_the_system_refuses_is_one_line(command, capfd, number, name, words):
-    def refuse():
-        raise OSError(number, os.strerror(number), name)
-
+def test_what_the_machine_refuses_is_one_line(command, capfd, main, said):
     with pytest.raises(SystemExit) as stop:
-        flags.run(refuse)
-    errors = capfd.readouterr().err
-    assert stop.value.code == 5 and words in errors and errors.count("\n") == 1
+        flags.run(main, fix="lower --batch_size")
+    (line,) = capfd.readouterr().err.splitlines()
+    assert stop.value.code == 5 and re.match(said, line), line
 
 
 def test_current_folder_that_was_removed_is_an_error(tmp_path, command, capfd, monkeypatch):
