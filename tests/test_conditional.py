@@ -68,10 +68,8 @@ def test_attributes_are_dropped_as_often_as_asked():
     generator = torch.Generator().manual_seed(0)
     attributes = torch.ones(40_000, 3)
     kept = drop_attributes(attributes, 0.2, generator)
-    none, all_ = (kept == 0).all(1).float().mean(), (kept == 1).all(1).float().mean()
-    assert none == pytest.approx(0.2 + 0.4 / 8, abs=0.01)
-    assert all_ == pytest.approx(0.4 + 0.4 / 8, abs=0.01)
-    assert kept.mean() == pytest.approx(0.6, abs=0.01)
+    assert (kept == 0).all(1).float().mean() == pytest.approx(0.2 + 0.4 / 8, abs=0.01)
+    assert (kept == 1).all(1).float().mean() == pytest.approx(0.4 + 0.4 / 8, abs=0.01)
     assert not drop_attributes(attributes, 1.0, generator).any()
 
 
@@ -122,8 +120,6 @@ def test_what_is_asked_for_changes_the_images(run):
 
 def test_image_of_which_nothing_is_said_gets_the_attributes_of_a_training_face(run):
     trained, faces = load_trained(run), load_faces("synthetic", 8, attributes=ASKED)
-    kinds = {tuple(row) for row in faces.attributes[faces.train].tolist()}
-    assert {tuple(row) for row in trained.usual_attributes.tolist()} == kinds and len(kinds) == 4
     drawn = draw_attributes(trained.usual_attributes, range(400), seed=3)
     share, wanted = (drawn > 0).float().mean(0), faces.attributes[faces.train] > 0
     assert np.abs(share.numpy() - wanted.mean(0)).max() < 0.08
@@ -154,20 +150,13 @@ def test_every_sampler_and_output_takes_a_condition(run, sampler):
         assert sample(SampleConfig("run", out=out, **options)).exists()
 
 
-def test_sheet_has_a_row_for_each_attribute_on_and_off_from_the_same_noise(run):
+def test_sheet_has_a_row_for_each_attribute_on_and_off_beside_what_is_asked_for(run):
     labels, numbers, rows = sheet(ASKED, 2)
     assert labels == ["Smiling", "not Smiling", "Eyeglasses", "not Eyeglasses"]
-    assert numbers == [0, 1] * 4
-    assert rows[::2].tolist() == [[1, 0], [-1, 0], [0, 1], [0, -1]]
-    image = saved_grid(sheet=True)
-    assert image.shape[0] == 4 * 10 + 2
-    cells = image[:, image.shape[1] - (3 * 10 + 2) :]
-    alone = saved_grid(condition=("Smiling",))
-    assert np.abs(cells[2:10, 2:10] - alone[2:10, 2:10]).max() <= 1  # in a batch of another size
-
-
-def test_condition_beside_a_sheet_holds_in_every_row(run):
+    assert numbers == [0, 1] * 4 and rows[::2].tolist() == [[1, 0], [-1, 0], [0, 1], [0, -1]]
     plain, with_glasses = saved_grid(sheet=True), saved_grid(sheet=True, condition=("Eyeglasses",))
+    cells, alone = plain[:, -(3 * 10 + 2) :], saved_grid(condition=("Smiling",))
+    assert np.abs(cells[2:10, 2:10] - alone[2:10, 2:10]).max() <= 1  # in a batch of another size
     assert np.abs(plain[:20] - with_glasses[:20]).max() > 1  # the rows of Smiling have glasses
     assert np.abs(plain[22:] - with_glasses[22:]).max() <= 1  # those of Eyeglasses are the same
 

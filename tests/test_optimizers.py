@@ -1,7 +1,5 @@
-"""Muon against the singular value decomposition and the published rule, and as an optimiser that
-can be resumed."""
+"""Muon against the singular value decomposition and the published rule."""
 
-import copy
 import math
 
 import pytest
@@ -69,20 +67,11 @@ def test_matrices_are_made_orthogonal_each_by_itself(dtype):
     generator = torch.Generator().manual_seed(0)
     matrices = [torch.randn(shape, generator=generator) for shape in shapes]
     for together, matrix in zip(orthogonal(matrices, dtype), matrices, strict=True):
-        (alone,) = orthogonal([matrix], dtype)
-        assert together.shape == matrix.shape
+        (alone,), (exact,) = orthogonal([matrix], dtype), orthogonal([matrix])
+        assert together.shape == matrix.shape and together.dtype == torch.float32
         torch.testing.assert_close(together, alone, rtol=0, atol=1e-4)
-
-
-def test_the_zero_matrix_stays_zero():
-    assert torch.equal(orthogonal([torch.zeros(4, 36)])[0], torch.zeros(4, 36))
-
-
-def test_bfloat16_is_nearly_as_good():
-    matrix = torch.randn(16, 144, generator=torch.Generator().manual_seed(0))
-    (exact,), (rough,) = orthogonal([matrix]), orthogonal([matrix], torch.bfloat16)
-    assert rough.dtype == torch.float32
-    assert float((rough - exact).norm() / exact.norm()) < 0.05
+        assert float((together - exact).norm() / exact.norm()) < 0.05
+    assert torch.equal(orthogonal([torch.zeros(4, 36)], dtype)[0], torch.zeros(4, 36))
 
 
 def test_every_weight_is_learned_by_one_of_the_two():
@@ -127,21 +116,6 @@ def test_vectors_and_ends_are_learned_as_by_adamw():
     named = models[0].named_parameters()
     for (name, ours), theirs in zip(named, models[1].parameters(), strict=True):
         assert torch.equal(ours, theirs) != (id(ours) in learned_by_muon), name
-
-
-def test_saved_and_loaded_it_goes_on_as_it_would_have():
-    models = [small_network(), small_network()]
-    first, second = (OPTIMIZERS["muon"](model, 1e-3, torch.float32) for model in models)
-    for step in range(2):
-        give_gradients(models[0], step)
-        first.step()
-    models[1].load_state_dict(models[0].state_dict())
-    second.load_state_dict(copy.deepcopy(first.state_dict()))
-    for model, optimizer in zip(models, (first, second), strict=True):
-        give_gradients(model, 7)
-        optimizer.step()
-    for ours, theirs in zip(models[0].parameters(), models[1].parameters(), strict=True):
-        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

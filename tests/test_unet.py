@@ -7,7 +7,7 @@ import torch
 from diffusers import UNet2DModel
 
 from formats.diffusers_folder import to_diffusers
-from unet import UNet, default_channel_mults, sinusoidal_embedding
+from unet import Attention, UNet, sinusoidal_embedding
 
 SMALL = dict(img_size=16, channels=64, channel_mults=(1, 2), attn_resolutions=(8,), head_dim=32)
 
@@ -35,8 +35,7 @@ def make_theirs(ours):
     [
         {},
         {"channel_mults": (1, 2, 2), "num_res_blocks": 1, "attn_resolutions": (16, 4)},
-        {"img_size": 32, "attn_resolutions": ()},
-        {"channels": 32, "channel_mults": (1, 2, 4), "norm_groups": 16, "num_res_blocks": 1},
+        {"channels": 32, "channel_mults": (1, 2, 4), "norm_groups": 16, "attn_resolutions": ()},
     ],
 )
 def test_output_and_gradients_equal_diffusers(changes):
@@ -55,60 +54,36 @@ def test_output_and_gradients_equal_diffusers(changes):
     assert sum(p.numel() for p in theirs.parameters()) == len(gradients)
     total = sum(p.grad.square().sum() for p in theirs.parameters()).sqrt()
     torch.testing.assert_close(gradients.norm(), total, rtol=1e-4, atol=0)
-    first = theirs.conv_in.weight.grad
-    torch.testing.assert_close(
-        ours.conv_in.weight.grad, first, rtol=1e-3, atol=1e-4 * first.abs().max()
-    )
+    ours, theirs = ours.conv_in.weight.grad, theirs.conv_in.weight.grad
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()))
 
 
-def test_embedding_has_its_closed_form():
-    emb = sinusoidal_embedding(torch.tensor([0, 1, 2, 500]), 8)
-    for row, t in zip(emb, (0, 1, 2, 500), strict=True):
+def test_embedding_has_its_closed_form_also_between_integers():
+    times = (0, 1, 2.5, 500)
+    for row, t in zip(sinusoidal_embedding(torch.tensor(times), 8), times, strict=True):
         angles = [t / 10_000 ** (i / 3) for i in range(4)]
         expected = [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
         torch.testing.assert_close(row, torch.tensor(expected), rtol=1e-4, atol=1e-4)
 
 
-def test_neighbouring_times_differ_in_high_and_far_ones_in_low_frequencies():
-    a, b, c = sinusoidal_embedding(torch.tensor([1, 2, 500]), 128)
-    assert (a - b)[:8].abs().min() > 0.01 and (a - b)[60:64].abs().max() < 1e-3
-    assert (a - c)[60:64].abs().min() > 0.01
-
-
-def test_times_between_integers_are_embedded():
-    a, b, c = sinusoidal_embedding(torch.tensor([3.0, 3.5, 4.0]), 16)
-    assert a[0] != b[0] != c[0]
-
-
 def test_output_of_a_fresh_network_is_zero():
-    model = UNet(**SMALL)
-    assert torch.equal(
-        model(torch.randn(2, 3, 16, 16), torch.tensor([3, 9])), torch.zeros(2, 3, 16, 16)
-    )
+    x = torch.randn(2, 3, 16, 16)
+    assert torch.equal(UNet(**SMALL)(x, torch.tensor([3, 9])), torch.zeros_like(x))
 
 
-@pytest.mark.parametrize("img_size", [32, 64, 128, 192, 256])
+@pytest.mark.parametrize("img_size", [32, 128, 192, 256])
 def test_every_size_builds_with_attention_and_nothing_else_given(img_size):
     with torch.device("meta"):
         model = UNet(img_size)
         out = model(torch.zeros(2, 3, img_size, img_size), torch.zeros(2))
     assert out.shape == (2, 3, img_size, img_size)
-    assert img_size % 2 ** (len(default_channel_mults(img_size)) - 1) == 0
-    attentions = [
-        a for s in model.down for a in s.attentions if not isinstance(a, torch.nn.Identity)
-    ]
-    assert attentions
+    assert any(isinstance(each, Attention) for each in model.modules())
 
 
 def test_published_network_has_its_number_of_weights():
     with torch.device("meta"):
         model = UNet(64, attn_resolutions=(16,))
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(78.7e6, rel=0.002)
-
-
-def test_more_pixels_mean_no_fewer_stages():
-    stages = [len(default_channel_mults(size)) for size in (8, 16, 32, 64, 96, 128, 256, 512)]
-    assert stages == sorted(stages)
 
 
 def test_dropout_acts_in_training_only():
@@ -136,21 +111,3 @@ def test_attributes_of_zero_are_the_unconditional_network():
     x, t = torch.randn(2, 3, 16, 16), torch.tensor([5, 6])
     assert torch.equal(model(x, t, torch.zeros(2, 3)), model(x, t))
     assert not torch.allclose(model(x, t, torch.ones(2, 3)), model(x, t))
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"channels": 96},
-        {"channel_mults": (1, 1)},
-        {"num_res_blocks": 1},
-        {"attn_resolutions": (16, 8)},
-        {"head_dim": 16},
-        {"num_attributes": 2},
-    ],
-)
-def test_every_argument_changes_the_network(changes):
-    x, t = torch.randn(1, 3, 16, 16), torch.tensor([5])
-    before, after = make_small(), make_small(**changes)
-    shapes = [[tuple(p.shape) for p in m.parameters()] for m in (before, after)]
-    assert shapes[0] != shapes[1] or not torch.allclose(before(x, t), after(x, t))
