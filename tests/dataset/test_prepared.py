@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import needs_posix
+from conftest import needs_posix, refuse
 from made import (  # noqa: F401
     HTML,
     die_in_a_fork,
@@ -26,16 +26,6 @@ from PIL import Image
 from dataset import decoding, prepared
 from dataset.faces import load_faces
 from system.errors import ResourceError
-
-
-def refuse(number):
-    """A call that the system refuses with this error."""
-
-    def call(*_, **__):
-        raise OSError(number, os.strerror(number))
-
-    return call
-
 
 # Which array -------------------------------------------------------------------------------------
 
