@@ -3,29 +3,18 @@ number."""
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from conftest import (
-    ROOT,
-    STATE,
-    TINY,
-    as_flags,
-    assert_same_state,
-    in_fork,
-    needs_posix,
-    tiny,
-)
+from conftest import STATE, assert_same_state, final, in_fork, needs_posix, saved_steps, tiny
 
 import utils
 from diffusion import Diffusion
 from engine import log, session
-from system.errors import Interrupted, UsageError
+from system import flags
+from system.errors import Interrupted
 from train import train
-from utils import list_checkpoints, load_checkpoint
 
 
 @pytest.fixture(autouse=True)
@@ -46,10 +35,6 @@ def send_at(monkeypatch, owner, name: str, call: int, numbers: list[int]) -> Non
     monkeypatch.setattr(owner, name, hooked)
 
 
-def steps() -> list[int]:
-    return [int(path.stem[5:]) for path in list_checkpoints(Path("run"))]
-
-
 PLACES = {
     "a step": (Diffusion, "loss", 2),
     "a save": (utils, "check_signature", 2),  # the first is the trial before step 1
@@ -65,19 +50,21 @@ def test_signals_lose_no_completed_step(here, monkeypatch, unbroken, place):
     whole = unbroken(**config)
     session.load_faces("pictures", 8)  # so that the calls counted below are the run's own
     number = signal.SIGINT if place == "a step" else signal.SIGTERM
+    handler = signal.getsignal(number)
     with monkeypatch.context() as patch:
         send_at(patch, *PLACES[place], [number])
         with pytest.raises(Interrupted) as stop:
             train(tiny(**config))
-    assert stop.value.exit_code == 128 + number
-    assert 0 < steps()[0] < 6 and not list(Path("run").rglob("*.tmp"))
+    assert stop.value.exit_code == 128 + number and signal.getsignal(number) == handler
+    assert 0 < saved_steps()[0] < 6 and not list(Path("run").rglob("*.tmp"))
     train(tiny(resume=True, **config))
-    assert_same_state(whole, load_checkpoint(list_checkpoints(Path("run"))[0]), (*STATE, "history"))
+    assert_same_state(whole, final(), (*STATE, "history"))
 
 
 @pytest.mark.parametrize(
     "numbers",
     [
+        [signal.SIGINT],
         [signal.SIGHUP, signal.SIGHUP],
         [signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM],
         [signal.SIGUSR2],
@@ -92,10 +79,11 @@ def test_signals_that_announce_an_end_save_and_stop_however_often_they_come(
 
     def work():
         signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is, and stays, ignored
-        train(tiny(save_every=100))
+        flags.run(lambda: train(tiny(save_every=100)))
 
-    assert in_fork(work).returncode == 128 + numbers[0]
-    assert steps() == [2]
+    result = in_fork(work)
+    assert result.returncode == 128 + numbers[0] and "Traceback" not in result.stderr
+    assert saved_steps() == [2]
 
 
 def test_signal_before_the_first_step_ends_at_once(here, monkeypatch):
@@ -103,27 +91,6 @@ def test_signal_before_the_first_step_ends_at_once(here, monkeypatch):
     with pytest.raises(Interrupted):
         train(tiny())
     assert not Path("run").exists()
-
-
-def start(*words: str) -> subprocess.Popen:
-    """A real run of many steps that saves none of them, once it is past its third."""
-    settings = {**TINY, "num_training_steps": 100_000, "save_every": 100_000, "log_every": 1}
-    command = [sys.executable, str(ROOT / "train.py"), *as_flags(settings), *words]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    process = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
-    for line in process.stdout:
-        if line.startswith("step 3/"):
-            return process
-    raise AssertionError(process.stderr.read())
-
-
-def test_real_process_saves_on_ctrl_c_and_exits(here):
-    process = start()
-    os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 130 and "Traceback" not in errors
-    assert steps()[0] >= 3 and load_checkpoint(list_checkpoints(Path("run"))[0])
 
 
 def test_ctrl_c_twice_ends_without_waiting_for_the_step(here, monkeypatch):
@@ -138,19 +105,4 @@ def test_ctrl_c_twice_ends_without_waiting_for_the_step(here, monkeypatch):
 
     monkeypatch.setattr(Diffusion, "loss", press_twice)
     result = in_fork(lambda: train(tiny()))
-    assert result.returncode == 130 and "went on" not in result.stdout and not steps()
-
-
-def test_handlers_of_the_caller_are_given_back(here):
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, lambda *_: None) for number in numbers]
-    handlers = [signal.getsignal(number) for number in numbers]
-    try:
-        train(tiny(num_training_steps=1))
-        assert [signal.getsignal(number) for number in numbers] == handlers
-        with pytest.raises(UsageError):
-            train(tiny())
-        assert [signal.getsignal(number) for number in numbers] == handlers
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
+    assert result.returncode == 130 and "went on" not in result.stdout and not saved_steps()
