@@ -12,27 +12,29 @@ from pathlib import Path
 import yaml
 from conftest import ROOT
 
-from convert import ConvertConfig
-from convert import check_config as check_convert
-from evaluate import EvaluateConfig
-from evaluate import check_config as check_evaluate
-from sample import SampleConfig
-from sample import check_config as check_sample
+import convert
+import evaluate
+import sample
+import train
 from system import flags
-from train import DEMO, Config
-from train import check_config as check_train
 
-DOCUMENTS = ["README.md", "RESULTS.md", "benchmarks/README.md", "weights/README.md"]
-DOCUMENTS += sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.md"))
-TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in DOCUMENTS}
-README = TEXTS["README.md"]
-TOUR = json.loads((ROOT / "ddpm_test.ipynb").read_text(encoding="utf-8"))["cells"]
+
+def read(name: str | Path) -> str:
+    """The text of a file of the repository."""
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+README = read("README.md")
+OTHERS = ["RESULTS.md", "benchmarks/README.md", "weights/README.md"]
+OTHERS += sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.md"))
+TEXTS = {"README.md": README} | {name: read(name) for name in OTHERS}
+TOUR = json.loads(read("ddpm_test.ipynb"))["cells"]
 PROSE = "\n".join([*TEXTS.values(), *("".join(cell["source"]) for cell in TOUR)])
 COMMANDS = {
-    "train.py": (Config, check_train),
-    "sample.py": (SampleConfig, check_sample),
-    "evaluate.py": (EvaluateConfig, check_evaluate),
-    "convert.py": (ConvertConfig, check_convert),
+    "train.py": (train.Config, train.check_config),
+    "sample.py": (sample.SampleConfig, sample.check_config),
+    "evaluate.py": (evaluate.EvaluateConfig, evaluate.check_config),
+    "convert.py": (convert.ConvertConfig, convert.check_config),
 }
 OURS = {path.stem for path in ROOT.glob("*.py")}
 OURS |= {path.parent.name for path in ROOT.glob("*/__init__.py")}
@@ -47,7 +49,7 @@ PARTS = {"dataset", "formats", "engine", "metrics", "generate", "editing"}
 def imported(path: Path) -> set[str]:
     """What of ours a file imports."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(ast.parse(read(path))):
         names |= {name.name for name in node.names} if isinstance(node, ast.Import) else set()
         names |= {node.module or ""} if isinstance(node, ast.ImportFrom) else set()
     return {name.split(".")[0] for name in names} & OURS
@@ -64,8 +66,7 @@ def test_each_module_imports_only_what_stands_before_it():
         elif part in PARTS:
             assert imported(path) <= {"system"} | MODEL | PARTS, path
         elif part in OURS:  # a command
-            assert "train" not in imported(path), path
-            assert imported(path) & {"evaluate", "convert", "app"} == set(), path
+            assert not imported(path) & {"train", "evaluate", "convert", "app"}, path
 
 
 def test_nothing_happens_at_import(tmp_path):
@@ -83,11 +84,10 @@ def test_nothing_happens_at_import(tmp_path):
 
 
 def test_each_guarantee_names_its_test():
-    text = "\n".join(path.read_text(encoding="utf-8") for path in ROOT.glob("tests/**/test_*.py"))
+    text = "\n".join(map(read, ROOT.glob("tests/**/test_*.py")))
     tests = set(re.findall(r"^def (test_\w+)\(", text, re.MULTILINE))
-    lines = TEXTS["docs/guarantees.md"].splitlines()
-    promises = "\n".join(lines).split("\n- ")[1:]
-    assert len(lines) <= 32 and promises
+    _, *promises = TEXTS["docs/guarantees.md"].split("\n- ")
+    assert promises and len(TEXTS["docs/guarantees.md"].splitlines()) <= 32
     for promise in promises:
         named = re.findall(r"`(test_\w+)`", promise)
         assert named and set(named) <= tests, promise
@@ -111,7 +111,8 @@ def test_every_command_in_the_documents_is_understood():
         if script in COMMANDS and "--help" not in words:
             cls, check = COMMANDS[script]
             given = words[words.index(script) + 1 :]
-            check(flags.parse(cls, given, "", {"demo": ("", DEMO)} if cls is Config else None))
+            presets = {"demo": ("", train.DEMO)} if script == "train.py" else None
+            check(flags.parse(cls, given, "", presets))
             found += 1
         assert not script or (ROOT / script).exists(), command
     assert found > 10
@@ -123,22 +124,21 @@ def test_every_flag_in_the_text_exists():
     for cls, _ in COMMANDS.values():
         known |= {prefix + name for name in cls.__dataclass_fields__ for prefix in ("", "no_")}
     for path in [*ROOT.glob("benchmarks/*.py"), ROOT / "app.py"]:
-        known |= set(re.findall(r"^    (\w+): ", path.read_text(encoding="utf-8"), re.MULTILINE))
+        known |= set(re.findall(r"^    (\w+): ", read(path), re.MULTILINE))
     assert set(re.findall(r"`--([a-z_]+)", PROSE)) <= known
 
 
 def test_every_link_and_every_file_that_is_named_exists():
     for document, text in TEXTS.items():
         for target in re.findall(r"(?:\]\(|src=\")([^)\"\s]+)", text):
-            path, _, anchor = target.partition("#")
-            file = (ROOT / document).parent / path if path else ROOT / document
             if target.startswith("https://"):
                 continue
+            path, _, anchor = target.partition("#")
+            file = (ROOT / document).parent / path if path else ROOT / document
             assert file.exists(), (document, target)
-            if anchor:
-                headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
-                slugs = [re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings]
-                assert anchor in slugs, (document, target)
+            headings = re.findall(r"^#+ (.*)$", read(file), re.MULTILINE) if anchor else [""]
+            slugs = [re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings]
+            assert anchor in slugs, (document, target)
     for name in set(re.findall(r"`((?:\w+/)*\w+\.(?:py|ipynb|toml|cff|md))`", PROSE)):
         assert [folder for folder in (ROOT, ROOT / "tests") if (folder / name).exists()], name
 
@@ -147,7 +147,7 @@ def test_readme_names_every_module_document_and_asset():
     assert len(README.splitlines()) <= 150
     for path in [*ROOT.glob("*.py"), *ROOT.glob("*.ipynb")]:
         assert path.name in README, path.name
-    for name in DOCUMENTS[1:]:
+    for name in OTHERS:
         assert f"]({name}" in README, name
     for path in (ROOT / "assets").iterdir():
         assert path.name in PROSE and path.stat().st_size < 300_000, path.name
@@ -164,23 +164,17 @@ def test_snippet_of_the_readme_samples_from_a_checkpoint(run):
 # The installation --------------------------------------------------------------------------------
 
 
-def test_requirements_and_pyproject_list_the_same_packages():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-
-    def listed(name: str) -> list[str]:
-        lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
-        return sorted(line for line in lines if line and not line.startswith(("-r", "#")))
-
-    assert sorted(project["project"]["dependencies"]) == listed("requirements.txt")
-    assert sorted(project["dependency-groups"]["dev"]) == listed("requirements-test.txt")
-
-
-def test_workflow_runs_the_two_commands_on_three_systems_from_the_oldest_python_on():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    workflow = yaml.safe_load((ROOT / ".github/workflows/test.yml").read_text(encoding="utf-8"))
-    matrix = workflow["jobs"]["test"]["strategy"]["matrix"]
-    assert [name.split("-")[0] for name in matrix["os"]] == ["ubuntu", "macos", "windows"]
-    assert ">=" + matrix["python"][0] == project["project"]["requires-python"]
-    steps = " ".join(step.get("run", "") for step in workflow["jobs"]["test"]["steps"])
+def test_requirements_pyproject_and_the_workflow_agree():
+    project = tomllib.loads(read("pyproject.toml"))
+    for name, expected in (
+        ("requirements.txt", project["project"]["dependencies"]),
+        ("requirements-test.txt", project["dependency-groups"]["dev"]),
+    ):
+        listed = [line for line in read(name).splitlines() if line and line[:1] not in "-#"]
+        assert sorted(listed) == sorted(expected), name
+    job = yaml.safe_load(read(".github/workflows/test.yml"))["jobs"]["test"]
+    oldest = job["strategy"]["matrix"]["python"][0]
+    assert project["project"]["requires-python"] == f">={oldest}"
+    steps = " ".join(step.get("run", "") for step in job["steps"])
     for line in re.findall(r"^pip install .*&& python .*", README, flags=re.MULTILINE):
         assert all(command in steps for command in line.split(" && "))
