@@ -14,24 +14,25 @@ from conftest import (
     as_flags,
     assert_error,
     assert_same_state,
+    final,
     in_fork,
     needs_posix,
+    refuse,
     run_script,
+    saved_steps,
     tiny,
 )
 from PIL import Image
 
+from engine import session
 from engine.state import make_state, unet_arguments
 from system.errors import CheckpointError, ResourceError, UsageError
 from system.files import FolderLock
 from train import Config, train
-from utils import checkpoint_path, list_checkpoints, load_checkpoint, save_checkpoint
+from utils import list_checkpoints, save_checkpoint
 
 CPU = torch.device("cpu")
-
-
-def final(name="run", step: int = 6) -> dict:
-    return load_checkpoint(checkpoint_path(Path(name), step))
+LONGER = dict(learning_rate=0.01, resume=True, num_training_steps=7)  # of `run`, by one step
 
 
 def change(path: Path, action) -> None:
@@ -56,9 +57,7 @@ def test_resumed_run_keeps_its_own_constants_without_their_flags(here, unbroken)
     assert "--num_training_steps" not in line and "--seed" not in line
     assert "changed from here on: --num_training_steps 6" in result.stdout
     assert_same_state(final(), unbroken())
-    constants = {"resume": True} | {k: v for k, v in TINY.items() if k != "num_training_steps"}
-    settings = final()["settings"]
-    assert {name: settings[name] for name in constants} == constants
+    assert final()["settings"].items() >= {**TINY, "resume": True}.items()
 
 
 @pytest.mark.parametrize(
@@ -91,25 +90,27 @@ def test_constants_that_steer_a_run_may_change_with_a_warning(run, capsys):
         "changed from here on: --dropout 0.3 --num_training_steps 7 --learning_rate 1e-05" in said
     )
     assert "warning: --dropout, --learning_rate, --warmup_steps, --max_grad_norm changed" in said
-    assert final(step=7)["settings"]["learning_rate"] == 1e-5
+    assert final()["settings"]["learning_rate"] == 1e-5
 
 
 def test_checkpoint_that_lacks_a_constant_takes_its_default(run, capsys):
     for path in list_checkpoints(run):
         change(path, lambda state: state["settings"].pop("horizontal_flip"))
-    train(tiny(learning_rate=0.01, resume=True, num_training_steps=7))
-    assert final(step=7)["settings"]["horizontal_flip"] is Config().horizontal_flip
-
-
-def test_another_number_of_micro_batches_is_refused(run):
-    with pytest.raises(UsageError, match="has 1 micro-batches, here it has 2.*Fix: pass .* 1 on 1"):
-        train(tiny(learning_rate=0.01, resume=True, gradient_accumulation_steps=2))
+    train(tiny(**LONGER))
+    assert final()["settings"]["horizontal_flip"] is Config().horizontal_flip
 
 
 def test_other_faces_are_refused(run):
     Image.new("RGB", (8, 8)).save(sorted(Path("pictures").iterdir())[0])
     with pytest.raises(UsageError, match="--path_to_data: .* was trained on other faces: 21 faces"):
-        train(tiny(learning_rate=0.01, resume=True, num_training_steps=9))
+        train(tiny(**LONGER))
+
+
+MISFITS = [
+    (lambda state: state.update(unet=[1]), "unet"),
+    (lambda state: state["ema"].update(num_updates="x"), "fit"),
+    (lambda state: state["optimizer"]["state"][0].update(exp_avg=torch.zeros(3)), "shapes"),
+]
 
 
 def parts_of(state: dict) -> list[tuple]:
@@ -117,34 +118,22 @@ def parts_of(state: dict) -> list[tuple]:
     return [(name,) for name in state if name != "format"] + inner + [("model", "conv_in.weight")]
 
 
-def test_each_part_that_a_checkpoint_lacks_is_named(run):
+def without(*outer: str):
+    def remove(state: dict):
+        for part in outer[:-1]:
+            state = state[part]
+        del state[outer[-1]]
+
+    return remove
+
+
+def test_part_that_is_missing_or_does_not_fit_is_one_error(run):
     path, good = list_checkpoints(run)[0], list_checkpoints(run)[0].read_bytes()
-    for *outer, name in parts_of(final()):
+    for action, said in [*((without(*part), part[-1]) for part in parts_of(final())), *MISFITS]:
         path.write_bytes(good)
-
-        def remove(state, outer=outer, name=name):
-            for part in outer:
-                state = state[part]
-            del state[name]
-
-        change(path, remove)
-        with pytest.raises(CheckpointError, match=f"step_0*6.pt.*({name}|weights only).*Fix: "):
-            train(tiny(learning_rate=0.01, resume=True, num_training_steps=7))
-
-
-@pytest.mark.parametrize(
-    "action",
-    [
-        lambda state: state.update(unet=[1]),
-        lambda state: state["ema"].update(num_updates="x"),
-        lambda state: state["optimizer"]["state"][0].update(exp_avg=torch.zeros(3)),
-    ],
-)
-def test_parts_that_do_not_fit_are_one_error(run, action):
-    for path in list_checkpoints(run):
-        with pytest.raises(CheckpointError, match="step_0000000.*Fix: "):
+        with pytest.raises(CheckpointError, match=f"step_0*6.pt.*{said}.*Fix: "):
             change(path, action)
-            train(tiny(learning_rate=0.01, resume=True, num_training_steps=7))
+            train(tiny(**LONGER))
 
 
 def test_resuming_in_another_precision_starts_the_loss_scale_afresh(run, monkeypatch, capsys):
@@ -165,21 +154,10 @@ def files_of(folder: Path) -> dict:
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != "lock"}
 
 
-def test_finished_run_resumed_exits_0_and_touches_nothing(run):
+def test_finished_run_is_not_touched_by_a_resumed_or_a_new_one(run):
     before = files_of(run)
     result = run_script("train.py", "--experiment_name", "run", "--resume")
     assert result.returncode == 0 and "run has all its 6 steps" in result.stdout
-    assert files_of(run) == before
-
-
-def test_resume_without_checkpoints_starts_a_run(here, capsys):
-    train(tiny(resume=True, num_training_steps=1))
-    assert "nothing to resume in run: starting at step 0" in capsys.readouterr().out
-    assert final(step=1)["step"] == 1
-
-
-def test_new_run_in_a_used_folder_is_refused(run):
-    before = files_of(run)
     with pytest.raises(UsageError, match="--experiment_name: .*Fix: pass --resume"):
         train(tiny())
     assert files_of(run) == before
@@ -196,18 +174,12 @@ def test_new_run_in_a_used_folder_is_refused(run):
         (["--batch_size", "22"], 3, "--batch_size"),
         (["--attributes", "Smiling"], 3, "attributes"),
         (["--img_size", "63"], 2, "--img_size"),
+        (["--experiment_name", "pictures/000.png"], 2, "pictures/000.png is a file"),
     ],
 )
 def test_failed_start_leaves_no_folder(here, words, code, part):
     assert_error(run_script("train.py", *as_flags(TINY), *words), code, part)
     assert {path.name for path in here.iterdir()} <= {"pictures", "prepared"}
-
-
-def test_folder_that_is_a_file_is_named(here):
-    Path("run").touch()
-    with pytest.raises(UsageError, match="--experiment_name: run is a file"):
-        train(tiny())
-    assert Path("run").read_bytes() == b""
 
 
 def test_folder_of_another_run_is_refused_and_a_killed_one_leaves_no_lock(here):
@@ -216,18 +188,11 @@ def test_folder_of_another_run_is_refused_and_a_killed_one_leaves_no_lock(here):
         assert_error(result, 2, "--experiment_name: run is in use by another run")
     in_fork(lambda: (FolderLock(here / "run").__enter__(), os.kill(os.getpid(), signal.SIGKILL)))
     train(tiny(num_training_steps=1))
-    assert list_checkpoints(Path("run"))
+    assert saved_steps() == [1]
 
 
 def test_disk_without_locks_and_syncing_is_used(here, monkeypatch, capsys):
     needs_posix()
-
-    def refuse(number):
-        def call(*_):
-            raise OSError(number, os.strerror(number))
-
-        return call
-
     monkeypatch.setattr("fcntl.flock", refuse(errno.ENOLCK))
     monkeypatch.setattr(os, "fsync", refuse(errno.EINVAL))
     train(tiny(num_training_steps=1))
@@ -237,52 +202,48 @@ def test_disk_without_locks_and_syncing_is_used(here, monkeypatch, capsys):
 # Before the first step ---------------------------------------------------------------------------
 
 
-@pytest.fixture
-def prepared(here, monkeypatch):
-    """The faces are prepared, and no step may be taken."""
-    from engine import session
-
-    faces = session.load_faces("pictures", 8)
-    monkeypatch.setattr(session, "load_faces", lambda *_, **__: faces)
-    monkeypatch.setattr("train.train_step", lambda *_: pytest.fail("a step was taken"))
-
-
-def test_no_room_for_the_checkpoints_is_found_before_the_first_step(prepared, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 9))
-    with pytest.raises(ResourceError, match="9 bytes left and the checkpoints need [0-9,]{6,}"):
-        train(tiny())
-
-
-def test_checkpoints_that_are_there_count_as_room_for_them(run, monkeypatch):
+def test_no_room_for_the_checkpoints_is_found_before_the_first_step(run, monkeypatch):
+    """Those that are there already need no more."""
     size = sum(path.stat().st_size for path in list_checkpoints(run))
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, 2 * size))
-    train(tiny(learning_rate=0.01, resume=True, num_training_steps=7))
-    assert final(step=7)["step"] == 7
+    usage, config = shutil._ntuple_diskusage, tiny(**LONGER, save_every=1)
+    session.load_faces("pictures", 8)  # they need room, too
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(9, 9, 9))
+    with pytest.raises(ResourceError, match="9 bytes left and the checkpoints need [0-9,]{6,}"):
+        train(config)
+    assert saved_steps() == [6, 3]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, 2 * size))
+    train(config)
+    assert saved_steps() == [7, 6, 3]
 
 
 @pytest.mark.parametrize("call", ["pathlib.Path.mkdir", "torch.save", "os.replace"])
-def test_folder_that_cannot_be_written_is_found_before_the_first_step(prepared, monkeypatch, call):
-    def refuse(*_, **__):
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-
-    monkeypatch.setattr(call, refuse)
+def test_folder_that_cannot_be_written_is_found_before_the_first_step(here, monkeypatch, call):
+    faces = session.load_faces("pictures", 8)
+    monkeypatch.setattr(session, "load_faces", lambda *_, **__: faces)
+    monkeypatch.setattr("train.train_step", lambda *_: pytest.fail("a step was taken"))
+    monkeypatch.setattr(call, refuse(errno.EROFS))
     with pytest.raises(ResourceError, match="cannot be written.*Read-only file system"):
         train(tiny())
 
 
-def test_limit_of_file_sizes_ends_a_real_process_before_the_first_step(here):
+def test_limit_of_file_sizes_ends_a_run_before_the_first_step(here):
     needs_posix()
     import resource
 
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))  # noqa: E731
-    result = run_script("train.py", *as_flags(TINY), preexec_fn=limit)
-    assert_error(result, 5, "checkpoints", "bytes needed")
-    assert not list_checkpoints(here / "run")
+    def work():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+        train(tiny(save_every=1))
+
+    result = in_fork(work)
+    assert result.returncode == 5 and "bytes needed" in result.stderr, result.stderr
+    assert not saved_steps()
 
 
-def test_grid_that_does_not_fit_is_found_before_the_first_step(prepared):
-    with pytest.raises((MemoryError, RuntimeError), match="memory|allocate"):
-        train(tiny(num_samples=10**14))
+def test_memory_for_a_grid_is_tried_before_the_first_step_and_the_error_names_flags(here):
+    words = as_flags({**TINY, "save_every": 1, "num_samples": 10**14})
+    named = ("--batch_size", "--gradient_accumulation_steps", "--num_samples")
+    assert_error(run_script("train.py", *words), 5, "memory", *named)
+    assert not saved_steps()
 
 
 def test_only_leftovers_of_its_own_are_removed(run):
@@ -291,7 +252,7 @@ def test_only_leftovers_of_its_own_are_removed(run):
     gone += [run / "samples" / ".step_00000003.png.7.tmp"]
     for path in kept + gone:
         path.write_text("half")
-    train(tiny(learning_rate=0.01, resume=True, num_training_steps=7))
+    train(tiny(**LONGER))
     assert all(path.exists() for path in kept) and not any(path.exists() for path in gone)
 
 
