@@ -2,7 +2,6 @@
 
 import io
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,13 +47,6 @@ def read(path: Path = Path("run/evaluation/evaluation_00000006.json")) -> dict:
     return json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(name))
 
 
-class Terminal(io.StringIO):
-    """Takes what is shown in a terminal."""
-
-    def isatty(self):
-        return True
-
-
 # What it says ------------------------------------------------------------------------------------
 
 
@@ -75,14 +67,16 @@ def test_evaluation_says_all_that_it_promises_and_again_the_same(run, capsys, mo
     assert result["num_reference"] == 16 and result["step"] == 6
     for name, rows in (("nearest", 5), ("samplers", 2)):
         assert Image.open(path.with_name(f"{name}.png")).height == rows * 10 + 2
-    monkeypatch.setattr("sys.stderr", Terminal())
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr("sys.stderr", terminal)
     again = read(evaluate(SMALL))
     for name in ("held_out", "nearest"):
         assert result[name] == again[name]
     for name, values in result["samplers"].items():
         assert values["frechet"] == again["samplers"][name]["frechet"]
     for part in ("dpm++:2:", "held-out loss:", "nearest by pixels:", "features:", "distances:"):
-        assert f"{part} 100%" in sys.stderr.getvalue(), part
+        assert f"{part} 100%" in terminal.getvalue(), part
 
 
 def test_command_takes_the_data_of_the_run_and_no_distances_on_a_cpu(run):
