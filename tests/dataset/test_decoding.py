@@ -32,20 +32,21 @@ def real_and_made(size):
     return images
 
 
-def test_half_size_celeba_is_cropped_to_rows_28_to_92_and_columns_12_to_76_untouched():
-    for data in real_and_made((89, 109)):
-        image = Image.open(io.BytesIO(data))
-        expected = np.asarray(image)[28:92, 12:76]
-        np.testing.assert_array_equal(crop_face(image, 64, "aligned"), expected)
+def turned(orientation):
+    """The EXIF data of an image that was stored in this orientation."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
 
 
 def test_celeba_crop_is_128_around_x_89_y_121_and_scales_with_the_image():
     assert face_box(178, 218, "aligned") == (89 - 64, 121 - 64, 89 + 64, 121 + 64)
     assert face_box(89, 109, "aligned") == (12, 28, 76, 92)
     assert face_box(2 * 178, 2 * 218, "aligned") == (50, 114, 306, 370)
+    assert face_box(200, 100, "aligned") == (50, 0, 150, 100)  # not CelebA's shape
 
 
-@pytest.mark.parametrize("img_size", [16, 32, 192])
+@pytest.mark.parametrize("img_size", [16, 64, 192])
 def test_resizing_is_the_antialiased_bicubic_of_torch_but_for_rounding(img_size):
     for data in real_and_made((178, 218)):
         image = Image.open(io.BytesIO(data))
@@ -67,48 +68,33 @@ def test_other_images_are_cropped_to_the_largest_centred_square(width, height):
     assert abs(left - (width - right)) <= 1 and abs(top - (height - bottom)) <= 1
 
 
-def test_aligned_source_with_an_odd_image_takes_its_centred_square():
-    assert face_box(200, 100, "aligned") == (50, 0, 150, 100)
-
-
 def test_nothing_outside_the_crop_reaches_the_pixels():
     image = Image.new("RGB", (178, 218), "red")
     image.paste("blue", face_box(178, 218, "aligned"))
-    for size in (32, 64, 128, 192):
+    for size in (32, 192):
         face = crop_face(image, size, "aligned")
         assert (face == (0, 0, 255)).all()
 
 
-@pytest.mark.parametrize("img_size", [16, 64])
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"progressive": True}, {"subsampling": 0}, {"subsampling": 1, "quality": 30}],
-    ids=str,
+    "mode, options",
+    [
+        ("RGB", {}),
+        ("RGB", {"progressive": True}),
+        ("RGB", {"subsampling": 0}),
+        ("RGB", {"subsampling": 1, "quality": 30}),
+        ("RGB", {"exif": turned(6)}),
+        ("L", {}),
+        ("CMYK", {}),
+    ],
 )
-def test_plain_jpeg_has_the_pixels_that_pillow_decodes(img_size, options):
-    random = np.random.default_rng(0)
-    small = Image.fromarray(random.integers(0, 256, (13, 11, 3), dtype=np.uint8))
-    file = io.BytesIO()
-    small.resize((89, 109), Image.Resampling.BICUBIC).save(file, "JPEG", **options)
-    for crop in ("aligned", "square"):
+def test_a_jpeg_has_the_pixels_that_pillow_decodes(mode, options):
+    pixels = np.random.default_rng(0).integers(0, 256, (13, 11, 3), dtype=np.uint8)
+    image, file = Image.fromarray(pixels).resize((89, 109), Image.Resampling.BICUBIC), io.BytesIO()
+    image.convert(mode).save(file, "JPEG", **options)
+    for crop, img_size in (("aligned", 16), ("square", 64)):
         expected = crop_face(Image.open(file), img_size, crop)
-        assert decoding._plain_jpeg(file.getvalue()) is not None
-        found = decode_face(file.getvalue(), img_size, crop)
-        np.testing.assert_array_equal(found, expected)
-
-
-@pytest.mark.parametrize("mode,extra", [("L", {}), ("CMYK", {}), ("RGB", {"orientation": 6})])
-def test_other_jpegs_are_left_to_pillow(mode, extra):
-    random = np.random.default_rng(0)
-    image = Image.fromarray(random.integers(0, 256, (20, 30, 3), dtype=np.uint8)).convert(mode)
-    exif = Image.Exif()
-    if extra:
-        exif[0x0112] = extra["orientation"]
-    file = io.BytesIO()
-    image.save(file, "JPEG", **({"exif": exif} if extra else {}))
-    assert decoding._plain_jpeg(file.getvalue()) is None
-    expected = crop_face(Image.open(file), 8)
-    np.testing.assert_array_equal(decode_face(file.getvalue(), 8), expected)
+        np.testing.assert_array_equal(decode_face(file.getvalue(), img_size, crop), expected)
 
 
 def test_an_orientation_that_only_xmp_gives_is_applied():
@@ -127,49 +113,18 @@ def prepared_from(image, name="one.png", **options):
     return load_faces("mine", 8).images[0]
 
 
-def colours(mode):
-    """A 8x8 image of that mode and, by arithmetic of our own, its RGB on white."""
+@pytest.mark.parametrize("mode", ["L", "1", "CMYK", "P", "LA", "RGBA", "P with a hole"])
+def test_each_kind_of_image_becomes_rgb_on_white(mode):
     values = np.random.default_rng(0).integers(0, 256, (8, 8, 4), np.uint8)
-    values[0, :, 3] = 0  # a row that is transparent
-    values[1, :, 3] = 255  # and one that is not
-    rgb, alpha = values[..., :3].astype(float), values[..., 3:] / 255
-    if mode in ("L", "LA"):
-        rgb = np.repeat(rgb[..., :1], 3, axis=-1)
-        image = Image.fromarray(values[..., 0]).convert(mode)
-        if mode == "LA":
-            image.putalpha(Image.fromarray(values[..., 3]))
-    elif mode == "1":
-        image = Image.fromarray(values[..., 0]).convert("1", dither=Image.Dither.NONE)
-        rgb = np.repeat((values[..., :1] >= 128) * 255.0, 3, axis=-1)
-    elif mode == "P":
-        image = Image.fromarray(values[..., 0] % 4, "L").convert("P")
-        palette = np.array([[255, 0, 9], [0, 255, 0], [8, 0, 255], [7, 77, 177]])
-        image.putpalette(palette.ravel().tolist())
-        rgb = palette[values[..., 0] % 4].astype(float)
-    elif mode == "CMYK":
-        image = Image.frombytes("CMYK", (8, 8), values.tobytes())
-        rgb = (255 - values[..., :3]) * (255 - values[..., 3:].astype(float)) / 255
-    else:
-        image = Image.frombytes("RGBA", (8, 8), values.tobytes())
-    return image, rgb * alpha + 255 * (1 - alpha) if mode in ("LA", "RGBA") else rgb
-
-
-@pytest.mark.parametrize("mode", ["L", "1", "P"])
-def test_grey_and_palette_images_become_exactly_their_rgb(mode):
-    image, expected = colours(mode)
-    np.testing.assert_array_equal(prepared_from(image), expected)
-
-
-@pytest.mark.parametrize("mode, name", [("LA", "a.png"), ("RGBA", "a.png"), ("CMYK", "a.tif")])
-def test_transparency_is_laid_on_white_and_cmyk_is_inverted(mode, name):
-    image, expected = colours(mode)
-    np.testing.assert_allclose(prepared_from(image, name), expected, atol=1)  # of rounding
-
-
-def test_a_palette_with_a_transparent_colour_is_laid_on_white():
-    image, expected = colours("P")
-    expected[np.asarray(image) == 2] = 255
-    np.testing.assert_array_equal(prepared_from(image, transparency=2), expected)
+    values[0, :, 3], values[1, :, 3] = 0, 255  # a row that is transparent, one that is not
+    image = Image.fromarray(values if "A" in mode else values[..., :3]).convert(mode.split()[0])
+    options = {"transparency": image.getpixel((3, 3))} if mode == "P with a hole" else {}
+    found = prepared_from(image, "a.tif" if mode == "CMYK" else "a.png", **options)
+    saved = np.asarray(Image.open(next(Path("mine").iterdir())).convert("RGBA"), float)
+    alpha = saved[..., 3:] / 255
+    assert (alpha < 1).any() == ("A" in mode or bool(options))
+    expected = saved[..., :3] * alpha + 255 * (1 - alpha)
+    np.testing.assert_allclose(found, expected, atol=1 if "A" in mode else 0)  # of rounding
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -186,9 +141,8 @@ def test_exif_orientation_is_applied(orientation):
         7: upright[::-1, ::-1].swapaxes(0, 1),
         8: upright.swapaxes(0, 1)[:, ::-1],
     }[orientation]
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    pixels = prepared_from(Image.fromarray(np.ascontiguousarray(stored)), exif=exif)
+    image = Image.fromarray(np.ascontiguousarray(stored))
+    pixels = prepared_from(image, exif=turned(orientation))
     np.testing.assert_array_equal(pixels, upright)
 
 
@@ -202,21 +156,12 @@ def test_more_than_8_bits_are_refused_never_clipped(mode, name):
     assert f"{name} (" in text and "8 bits" in text
 
 
-@pytest.mark.parametrize("share", [0.999, 0.5, 0.1])
-def test_truncated_jpeg_names_the_file(share):
-    data = jpeg(1)
-    make_folder(Path("mine"), 5)
-    Path("mine/003.jpg").write_bytes(data[: int(share * len(data)) - 1])
-    assert "mine: 1 of 5 images cannot be used: 003.jpg (" in refused("mine")
-
-
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "EXIF"])
 def test_a_jpeg_that_the_decoder_calls_damaged_is_refused_not_made_up(mode):
     pixels = np.random.default_rng(3).integers(0, 256, (13, 11, 3), np.uint8)
-    image, exif, file = Image.fromarray(pixels).resize((89, 109)), Image.Exif(), io.BytesIO()
-    exif[0x0112] = 6
+    image, file = Image.fromarray(pixels).resize((89, 109)), io.BytesIO()
     image = image if mode == "EXIF" else image.convert(mode)
-    image.save(file, "JPEG", quality=95, exif=exif if mode == "EXIF" else b"")
+    image.save(file, "JPEG", quality=95, exif=turned(6) if mode == "EXIF" else b"")
     data, random, damaged = file.getvalue(), np.random.default_rng(0), 0
     colours = {"L": "GRAY", "CMYK": "CMYK"}.get(mode, "RGB")
     for _ in range(50):
@@ -306,10 +251,11 @@ def test_all_damaged_images_are_named_at_once_and_left_out_if_asked(capsys):
     make_folder(Path("mine"), 40, (16, 16))
     damaged = [1, 3, 5, 8, 13, 17, 19, 21, 22, 30, 34, 38]
     expected = load_faces("mine", 16)
-    for number in damaged:
-        Path(f"mine/{number:03d}.jpg").write_bytes(jpeg(number)[:200])
+    for number, share in zip(damaged, [0.1, 0.5, 0.999] * 4, strict=True):
+        data = jpeg(number)
+        Path(f"mine/{number:03d}.jpg").write_bytes(data[: int(share * len(data)) - 1])
     text = refused("mine")
-    assert text.startswith("mine: 12 of 40 images cannot be used: 001.jpg (OSError")
+    assert text.startswith("mine: 12 of 40 images cannot be used: 001.jpg (")
     assert ", 030.jpg (" in text and "034" not in text and " and 2 more. Fix: " in text
     for _ in range(2):  # prepared, then mapped
         faces = load_faces("mine", 16, skip_damaged=True)
@@ -317,7 +263,7 @@ def test_all_damaged_images_are_named_at_once_and_left_out_if_asked(capsys):
         assert faces.held_out.tolist() == [39]
         np.testing.assert_array_equal(faces.images[faces.train], expected.images[faces.train])
         assert faces.description.endswith("left out: 12 damaged")
-    assert "001.jpg (OSError" in capsys.readouterr().err
+    assert "001.jpg (" in capsys.readouterr().err
     with pytest.raises(DataError, match="^mine: holds 12 damaged images.* Fix: add --skip_damaged"):
         load_faces("mine", 16)
 

@@ -8,15 +8,6 @@ from PIL import Image
 
 from dataset.synthetic import ATTRIBUTES, HAIRS, render_face
 
-# CelebA's forty names, in the order of its list.
-CELEBA = (
-    "5_o_Clock_Shadow Arched_Eyebrows Attractive Bags_Under_Eyes Bald Bangs Big_Lips Big_Nose "
-    "Black_Hair Blond_Hair Blurry Brown_Hair Bushy_Eyebrows Chubby Double_Chin Eyeglasses Goatee "
-    "Gray_Hair Heavy_Makeup High_Cheekbones Male Mouth_Slightly_Open Mustache Narrow_Eyes No_Beard "
-    "Oval_Face Pale_Skin Pointy_Nose Receding_Hairline Rosy_Cheeks Sideburns Smiling Straight_Hair "
-    "Wavy_Hair Wearing_Earrings Wearing_Hat Wearing_Lipstick Wearing_Necklace Wearing_Necktie Young"
-).split()
-
 
 @lru_cache(maxsize=1)
 def faces_at_32():
@@ -30,7 +21,7 @@ def column(attributes, name):
     return attributes[:, ATTRIBUTES.index(name)] == 1
 
 
-@pytest.mark.parametrize("img_size", [8, 32, 33, 64, 128, 256])
+@pytest.mark.parametrize("img_size", [8, 33, 256])
 def test_face_is_uint8_rgb_of_the_asked_size_and_attributes_are_one_or_minus_one(img_size):
     image, attributes = render_face(3, img_size)
     assert image.shape == (img_size, img_size, 3) and image.dtype == np.uint8
@@ -38,26 +29,17 @@ def test_face_is_uint8_rgb_of_the_asked_size_and_attributes_are_one_or_minus_one
     assert set(attributes.tolist()) == {-1, 1}
 
 
-def test_attributes_are_names_of_celeba_in_its_order():
-    assert list(ATTRIBUTES) == [name for name in CELEBA if name in ATTRIBUTES]
-
-
-def test_same_seed_and_index_render_the_same_face_whatever_was_rendered_before():
-    first, attributes = render_face(11, 32, seed=5)
+def test_face_depends_on_its_seed_and_its_index_alone():
+    first, attributes = render_face(4, 32, seed=1)
     np.random.seed(0)
-    render_face(12, 64, seed=5)
-    again, same_attributes = render_face(11, 32, seed=5)
+    again, same_attributes = render_face(4, 32, seed=1)
     assert np.array_equal(first, again) and np.array_equal(attributes, same_attributes)
-
-
-def test_another_seed_or_index_is_another_face():
-    face = render_face(4, 32, seed=1)[0].astype(int)
     for index, seed in ((5, 1), (4, 2), (1, 4)):
-        assert np.abs(face - render_face(index, 32, seed)[0]).mean() > 8
+        assert np.abs(first.astype(int) - render_face(index, 32, seed)[0]).mean() > 8
 
 
 def test_attributes_do_not_depend_on_the_size():
-    for index in range(200):
+    for index in range(50):
         small, middle = render_face(index, 8)[1], render_face(index, 64)[1]
         assert np.array_equal(small, middle), f"face {index}"
 
@@ -80,19 +62,11 @@ def test_no_two_of_2000_faces_are_alike():
     assert root_mean_square > 0.02  # five grey levels of 255 over the whole image
 
 
-@pytest.mark.parametrize(
-    "name, low, high",
-    [(name, 0.08, 0.8) for name in ATTRIBUTES]
-    + [("Smiling", 0.45, 0.55), ("Male", 0.45, 0.55), ("Eyeglasses", 0.3, 0.4)],
-)
-def test_each_attribute_is_neither_rare_nor_always_there(name, low, high):
-    assert low < column(faces_at_32()[1], name).mean() < high
-
-
 def test_smile_glasses_hair_colour_and_sex_are_independent():
     attributes = faces_at_32()[1]
     names = ("Smiling", "Eyeglasses", "Male", "Rosy_Cheeks", "Mouth_Slightly_Open", "Wearing_Hat")
     columns = np.stack([column(attributes, name) for name in names])
+    assert columns.mean(1)[:3] == pytest.approx([0.5, 0.36, 0.5], abs=0.05)
     correlations = np.corrcoef(columns.astype(float)) - np.eye(len(names))
     correlations[names.index("Male"), names.index("Wearing_Hat")] = 0  # bald men wear no hat
     correlations[names.index("Wearing_Hat"), names.index("Male")] = 0
@@ -124,23 +98,7 @@ def test_hair_colours_are_what_their_names_say():
 
 
 # A network does better: a minute of training finds 98 % of the smiles, the hardest, and of the men.
-ACCURACY = {
-    "Bald": 0.98,
-    "Bangs": 0.94,
-    "Black_Hair": 0.97,
-    "Blond_Hair": 0.98,
-    "Brown_Hair": 0.95,
-    "Eyeglasses": 0.98,
-    "Gray_Hair": 0.98,
-    "Male": 0.93,
-    "Mouth_Slightly_Open": 0.91,
-    "Mustache": 0.93,
-    "No_Beard": 0.95,
-    "Rosy_Cheeks": 0.97,
-    "Smiling": 0.86,
-    "Wearing_Hat": 0.98,
-    "Wearing_Lipstick": 0.97,
-}
+PERCENT = [98, 94, 97, 98, 95, 98, 98, 93, 91, 93, 95, 97, 86, 98, 97]
 
 
 @lru_cache(maxsize=1)
@@ -164,15 +122,11 @@ def linear_accuracies():
     return (np.sign(scores) == attributes[3000:]).mean(0)
 
 
-def test_accuracy_is_asked_of_every_attribute():
-    assert tuple(ACCURACY) == ATTRIBUTES
-
-
-@pytest.mark.parametrize("name", ACCURACY)
-def test_attribute_is_visible_to_a_linear_classifier_at_32_pixels(name):
+@pytest.mark.parametrize("name, percent", [*zip(ATTRIBUTES, PERCENT, strict=True)])
+def test_attribute_is_visible_to_a_linear_classifier_at_32_pixels(name, percent):
     share = column(faces_at_32()[1], name).mean()
     accuracy = linear_accuracies()[ATTRIBUTES.index(name)]
-    assert accuracy >= ACCURACY[name], f"{accuracy:.3f}"
+    assert accuracy >= percent / 100, f"{accuracy:.3f}"
     assert 1 - accuracy < 0.5 * min(share, 1 - share)  # far better than always the same answer
 
 
@@ -191,10 +145,3 @@ def test_edges_are_smooth():
         steps = np.abs(np.diff(image.astype(int).sum(2), axis=1))
         assert len(np.unique(image.reshape(-1, 3), axis=0)) > 500
         assert ((steps > 20) & (steps < 200)).mean() > 0.15
-
-
-def test_wrong_arguments_are_refused():
-    with pytest.raises(AssertionError, match="index must be 0 or more, got -1"):
-        render_face(-1, 32)
-    with pytest.raises(AssertionError, match="img_size must be 8 or more, got 4"):
-        render_face(0, 4)
