@@ -9,6 +9,7 @@ Needs Gradio: pip install -r requirements-app.txt.
 """
 
 import html
+import math
 import re
 import sys
 import tempfile
@@ -41,12 +42,13 @@ except ModuleNotFoundError:
     fix = "pip install -r requirements-app.txt"
     sys.exit(flags.fail(f"app.py: needs gradio, which is not installed. Fix: {fix}", 5))
 
-MOST_IMAGES, MOST_STEPS, FRAMES = 16, 250, 16
-PAUSE = 0.25  # seconds between two pictures of faces that are forming
 CANVAS = 512  # pixels to which a face is enlarged for painting, at most
+FRAMES = 16  # on the way between two faces
 INVERSION_STEPS = 50  # evaluations to find the noise of an image, at least
+SHOWN = 25  # pictures of faces that are forming, at most
 NETWORK = dict(concurrency_id="network", concurrency_limit=1)  # one visitor at a time computes
-PRIVATE = dict(api_visibility="private", show_progress="hidden", trigger_mode="always_last")
+QUIET = dict(api_visibility="private", show_progress="hidden", trigger_mode="always_last")
+GALLERY = dict(format="png", allow_preview=False, interactive=False, show_label=False, buttons=[])
 CSS = """
 .gradio-container {max-width: 1280px !important}
 .faces img {image-rendering: pixelated}
@@ -55,7 +57,6 @@ CSS = """
 .grids .grid-container {grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)) !important}
 @media (max-width: 720px) {.controls {order: 2}}
 """
-GALLERY = dict(format="png", allow_preview=False, interactive=False, show_label=False, buttons=[])
 SWITCHES = dict(  # three states for each attribute; the value: {name: 1 yes, 0 any, -1 no}
     html_template="""{{#each value}}<div data-is="{{this}}"><span>{{@key}}</span>
 <button data-name="{{@key}}" data-state="-1">no</button>
@@ -94,30 +95,23 @@ def weights_names() -> list[str]:
     return list(dict.fromkeys([*(path.parent.parent.name for path in paths), *shipped]))
 
 
-def network(name: str, device: str) -> Trained:
+def network(device: str, name: str) -> Trained:
     """The network of a name in `weights_names`, guided as sample.py guides it. Raises UserError."""
     if name not in weights_names():
         raise UsageError("weights", f"there are none called {name!r}", "choose from the list")
     path = find_checkpoint(name)
-    return _load(name, find_device(device), path, path.stat().st_mtime_ns)
+    return _load(path, find_device(device), path.stat().st_mtime_ns)
 
 
 @lru_cache(maxsize=4)
-def _load(name: str, device: torch.device, path: Path, changed: int) -> Trained:
-    return add_guide(load_trained(name, device=device))
+def _load(path: Path, device: torch.device, changed: int) -> Trained:
+    return add_guide(load_trained(path, device=device))
 
 
-def open_switches(device: str, name: str) -> dict[str, int]:
-    """The value of the switches for these weights: every attribute that they know, open."""
-    return dict.fromkeys(network(name, device).attribute_names, 0)
-
-
-def asked_for(
-    device: str, name: str, switches: dict, *values
-) -> tuple[sample.SampleConfig, Trained]:
+def asked_for(device: str, name: str, switches: dict, *values) -> tuple:
     """What the controls ask for, as the flags of sample.py, and the network. Raises UserError."""
     guidance, sampler, steps, seed, count = values
-    trained = network(name, device)
+    trained = network(device, name)
     states = {attribute: state for attribute, state in switches.items() if state}
     condition = tuple(key if state == 1 else f"{key}={state}" for key, state in states.items())
     guidance = guidance if condition else 1.0  # without attributes there is nothing to guide
@@ -128,31 +122,21 @@ def asked_for(
     return config, trained
 
 
-def command(config: sample.SampleConfig) -> str:
-    """The command that makes the same images."""
-    changed = {k: v for k, v in asdict(config).items() if v != getattr(sample.SampleConfig, k)}
-    return f"python sample.py {flags.as_flags(changed)}"
-
-
 def forming(
     trained: Trained, config: sample.SampleConfig, loop: Callable = sample_loop, **options
 ) -> Iterator[tuple[str, list[Image.Image], bool]]:
-    """Generate what the config asks for: yields, every PAUSE seconds and at the end, how far it is,
-    the pictures so far, and whether they are done. Raises UserError.
-
-    loop, options: as for `generate.generate`."""
+    """Generate what the config asks for: yields up to SHOWN times how far it is, the pictures so
+    far, and whether they are done. loop, options: as for `generate.generate`. Raises UserError."""
     sample.check_steps(config, trained.diffusion.num_timesteps)
     attributes = sample.read_condition(config, trained)
     if attributes is not None:
         attributes = attributes.expand(config.num_images, -1)
     options |= {name: getattr(config, name) for name in ("seed", "sampler", "steps", "guidance")}
-    total = config.steps * options.get("resample", 1)
-    began = shown = time.monotonic()
+    total, began = config.steps * options.get("resample", 1), time.monotonic()
     moves = loop(trained, range(config.num_images), attributes=attributes, **options)
     for i, (_, images) in enumerate(moves, 1):
-        if i < total and time.monotonic() - shown >= PAUSE:
+        if i < total and i % math.ceil(total / SHOWN) == 0:
             yield f"Step {i} of {total}", pictures(images), False
-            shown = time.monotonic()
     check_finite(trained, images)
     seconds = time.monotonic() - began
     yield f"Faces: {len(images)}, in {seconds:.1f} seconds", pictures(images), True
@@ -161,6 +145,12 @@ def forming(
 def pictures(images: Tensor) -> list[Image.Image]:
     """(N, 3, H, W) in [-1, 1] as N pictures."""
     return [Image.fromarray(pixels) for pixels in to_uint8(images).numpy()]
+
+
+def enlarged(face: Image.Image) -> Image.Image:
+    """A face as large as the canvas, without blur."""
+    size = face.width * max(1, CANVAS // face.width)
+    return face.resize((size, size), Image.Resampling.NEAREST)
 
 
 # What the page does ------------------------------------------------------------------------------
@@ -181,9 +171,15 @@ def shown(function: Callable) -> Callable:
 
 
 @shown
-def generate_faces(device: str, *controls):
+def open_switches(device: str, name: str):
+    """The value of the switches for these weights: every attribute that they know, open."""
+    yield dict.fromkeys(network(device, name).attribute_names, 0)
+
+
+@shown
+def generate_faces(*controls):
     """Generate: yields how far it is, the gallery, and what `choose` needs once it is done."""
-    config, trained = asked_for(device, *controls)
+    config, trained = asked_for(*controls)
     for status, faces, done in forming(trained, config):
         yield status, faces, (config, faces) if done else None
 
@@ -193,46 +189,45 @@ def choose(made: tuple | None, event: gr.SelectData):
     """A click on a generated face: the face to edit, the canvas with it, and its command."""
     if made is None:
         raise UsageError("this face", "is not finished", "generate it once more, and wait")
-    config, faces = made
-    text = f"{command(config)}\n# the face is {config.out}/{event.index:06d}.png"
-    yield *on_canvas(faces[event.index]), text
+    (config, faces), default = made, sample.SampleConfig()
+    changed = {k: v for k, v in asdict(config).items() if v != getattr(default, k)}
+    text = f"# the face is {config.out}/{event.index:06d}.png"
+    face = faces[event.index]
+    yield face, enlarged(face), f"python sample.py {flags.as_flags(changed)}\n{text}"
 
 
 @shown
 def upload(device: str, name: str, path: str):
     """A face of a visitor, cropped as the training data: the face to edit, the canvas with it."""
-    yield on_canvas(*pictures(read_image(path, network(name, device))))
-
-
-def on_canvas(face: Image.Image) -> tuple[Image.Image, Image.Image]:
-    """A face, and the face as large as the canvas, without blur."""
-    size = face.width * max(1, CANVAS // face.width)
-    return face, face.resize((size, size), Image.Resampling.NEAREST)
+    (face,) = pictures(read_image(path, network(device, name)))
+    yield face, enlarged(face)
 
 
 @shown
-def edit(how: str, device: str, face: Image.Image | None, canvas: dict, strength: float, *controls):
+def edit(how: str, face: Image.Image | None, canvas: dict, strength: float, *controls):
     """Repair, vary or change the face: yields how far it is and the gallery, the face first."""
     if face is None:
         raise UsageError("the face", "there is none", "upload one, or click on a generated one")
-    config, trained = asked_for(device, *controls)
+    config, trained = asked_for(*controls)
+    if how == "change" and not config.condition:
+        raise UsageError("attributes", "none is asked for", "switch one to yes or no")
+    if how == "repair" and not canvas["layers"]:
+        raise UsageError("the face", "nothing is painted on it", "paint over what to make anew")
     with tempfile.TemporaryDirectory() as folder:
         config = replace(config, image=f"{folder}/face.png")
         face.save(config.image)
         if how == "vary":
             config = replace(config, strength=strength)
-        elif how == "repair":
-            if not canvas["layers"]:
-                fix = "paint over what to make anew"
-                raise UsageError("the face", "nothing is painted on it", fix)
-            strokes = open_file(canvas["layers"][0]).convert("RGBA")
-            strokes.thumbnail((CANVAS, CANVAS))
-            config = replace(config, mask=f"{folder}/mask.png")
-            strokes.save(config.mask)
-        elif not config.condition:
-            raise UsageError("attributes", "none is asked for", "switch one to yes or no")
-        else:
+        elif how == "change":
             config = replace(config, num_images=1, steps=max(config.steps, INVERSION_STEPS))
+        else:
+            config = replace(config, mask=f"{folder}/mask.png")
+            strokes = canvas["layers"][0]
+            data = strokes if isinstance(strokes, bytes) else Path(strokes).read_bytes()
+            Path(config.mask).write_bytes(data)
+            strokes = open_file(config.mask)
+            strokes.thumbnail((CANVAS, CANVAS))
+            strokes.save(config.mask)
         sample.check_config(config)
         options, beside = sample.read_edit(config, trained, sample.read_condition(config, trained))
     before = list(zip(pictures(torch.cat(beside)), ("the face", "its hole"), strict=False))
@@ -241,9 +236,9 @@ def edit(how: str, device: str, face: Image.Image | None, canvas: dict, strength
 
 
 @shown
-def walk(device: str, a: int, file_a: str | None, b: int, file_b: str | None, *controls):
+def walk(a: int, file_a: str | None, b: int, file_b: str | None, *controls):
     """From face to face: yields how far it is, the gallery, its frames, the first one, a GIF."""
-    config, trained = asked_for(device, *controls)
+    config, trained = asked_for(*controls)
     ends = (file_a or int(a or 0), file_b or int(b or 0))
     config = replace(config, interpolate=ends, num_images=FRAMES)
     sample.check_config(config)
@@ -253,11 +248,10 @@ def walk(device: str, a: int, file_a: str | None, b: int, file_b: str | None, *c
     for status, faces, done in forming(trained, config, x_T=noise):
         if not done:
             yield status, faces, None, None, None
-            continue
-        with tempfile.TemporaryDirectory() as folder:
-            sample.save_gif(faces, Path(folder, "between.gif"))
-            large = [on_canvas(face)[1] for face in faces]
-            yield status, faces, large, large[0], f"{folder}/between.gif"
+    with tempfile.TemporaryDirectory() as folder:
+        sample.save_gif(faces, Path(folder, "between.gif"))
+        large = [enlarged(face) for face in faces]
+        yield status, faces, large, large[0], f"{folder}/between.gif"
 
 
 def run_names() -> list[str]:
@@ -266,22 +260,15 @@ def run_names() -> list[str]:
     return [folder.name for folder in sorted(logs, key=logs.get, reverse=True)]
 
 
-@lru_cache(maxsize=8)
-def _log(run: str, folder: int):
-    """The reader of a run's log; a folder of the same name that is made later has another one."""
+def watch(runs: list[str], share: float) -> tuple[Figure, list]:
+    """The losses of these runs by step, in training and, dashed, of held-out faces; and of each the
+    grid at this share, in percent, of its grids."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # slow
 
-    return EventAccumulator(run, size_guidance={"scalars": 0, "images": 1})
-
-
-@shown
-def watch(first: str | None, second: str | None, share: float):
-    """Two runs: their losses by step, and of each the grid at this share, in percent, of its grids.
-    The losses are those in training and, dashed, of held-out faces."""
     figure, grids = Figure(figsize=(5, 3.4), layout="constrained", dpi=150), []
     axes = figure.add_subplot(xlabel="step", ylabel="loss", yscale="log")
-    for run in [run for run in (first, second) if run in run_names()]:
-        log = _log(run, Path(run).stat().st_ino).Reload()
+    for run in [run for run in runs if run in run_names()]:
+        log = EventAccumulator(run, size_guidance={"scalars": 0, "images": 1}).Reload()
         for tag, line in (("loss", "-"), ("held_out_loss", "o--")):
             if tag in log.Tags()["scalars"]:
                 points = [(point.step, point.value) for point in log.Scalars(tag)]
@@ -291,24 +278,10 @@ def watch(first: str | None, second: str | None, share: float):
             path = paths[round(share / 100 * (len(paths) - 1))]
             with Image.open(path) as grid:
                 grids.append((grid.copy(), f"{run}, step {int(path.stem[5:]):,}"))
-    yield figure, grids
+    return figure, grids
 
 
 # The page ----------------------------------------------------------------------------------------
-
-
-def make_canvas(**options) -> gr.ImageEditor:
-    """Gradio's image editor, whose value has files instead of images: Gradio would decode whatever
-    a browser sends."""
-    canvas = gr.ImageEditor(**options)
-
-    def keep_file(file, flatten_on_white: bool = False) -> str | None:
-        if isinstance(file, bytes):
-            return gr.processing_utils.save_bytes_to_cache(file, "painted.png", canvas.GRADIO_CACHE)
-        return file and file.path
-
-    canvas.convert_and_format_image = keep_file
-    return canvas
 
 
 def page(device: str = "auto") -> gr.Blocks:
@@ -328,22 +301,23 @@ def page(device: str = "auto") -> gr.Blocks:
                 def starts(button, function: Callable, inputs: list, outputs: list, name: str):
                     """Let a button start a function that Stop stops."""
                     about = dict(api_name=name, show_progress_on=status, **NETWORK)
-                    inputs, outputs = [*inputs, *controls], [status, *outputs]
-                    event = button.click(partial(function, device), inputs, outputs, **about)
+                    event = button.click(function, inputs + controls, [status, *outputs], **about)
                     stop.click(None, cancels=event)
 
                 with gr.Tab("Generate"):
-                    gallery, made, text = generate_tab(starts)
+                    go, made = gr.Button("Generate", variant="primary"), gr.State()
+                    gallery = gr.Gallery(elem_classes="faces", **GALLERY)
+                    hint = "Click a face: here is the command that makes it, and Edit changes it."
+                    text = gr.Textbox(show_label=False, placeholder=hint, lines=2, buttons=["copy"])
+                    starts(go, generate_faces, [], [gallery, made], "generate")
                 with gr.Tab("Edit"):
-                    face, canvas = edit_tab(starts, controls[0], partial(upload, device))
+                    face, canvas = edit_tab(starts, controls[:2])
                 with gr.Tab("Between"):
                     walk_tab(starts)
                 with gr.Tab("A run") as tab:
                     runs = run_tab(tab)
-        gallery.select(choose, made, [face, canvas, text], **PRIVATE)
-        about = dict(api_name="attributes", **NETWORK)
-        controls[0].change(partial(open_switches, device), controls[0], controls[1], **about)
-        blocks.load(look_around, None, [controls[0], *runs], **PRIVATE)
+        gallery.select(choose, made, [face, canvas, text], **QUIET)
+        blocks.load(look_around, None, [controls[1], runs], **QUIET)
     # The fonts are this machine's instead of Google's.
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     looks = dict(theme=theme, css=CSS, footer_links=[], show_error=True)
@@ -355,43 +329,34 @@ def page(device: str = "auto") -> gr.Blocks:
 def look_around() -> list:
     """The lists of weights and of runs, as they are now."""
     names, runs = weights_names(), run_names()
-    first = runs[0] if runs else None
-    return [gr.Dropdown(names, value=names[0]), gr.Dropdown(runs, value=first), gr.Dropdown(runs)]
+    return [gr.Dropdown(names, value=names[0]), gr.Dropdown(runs, value=runs[:1])]
 
 
 def make_controls(device: str) -> list:
-    """What all tabs ask of the network: the arguments `name, switches, *values` of `asked_for`."""
-    names = weights_names()
-    weights = gr.Dropdown(names, label="Weights", filterable=False)
-    about = dict(apply_default_css=False, padding=True)
-    switches = gr.HTML(open_switches(device, names[0]), **about, **SWITCHES)
+    """What all tabs ask of the network: the arguments of `asked_for`."""
+    weights = gr.Dropdown(weights_names(), label="Weights", filterable=False)
+    network = [gr.State(device), weights]
+    switches = gr.HTML({}, apply_default_css=False, padding=True, **SWITCHES)
+    gr.on(None, open_switches, network, switches, api_visibility="private", **NETWORK)
     guidance = gr.Slider(0, 5, 1, step=0.1, label="Guidance", info="how strongly attributes count")
-    count = gr.Slider(1, MOST_IMAGES, 8, step=1, label="Faces")
-    steps = gr.Slider(1, MOST_STEPS, 10, step=1, label="Steps", info="more are slower and finer")
+    count = gr.Slider(1, 16, 8, step=1, label="Faces")
+    steps = gr.Slider(1, 250, 10, step=1, label="Steps", info="more are slower and finer")
     with gr.Row():
         sampler = gr.Dropdown(list(SAMPLERS), value="dpm++", label="Sampler", min_width=120)
         seed = gr.Number(0, precision=0, minimum=0, label="Seed", min_width=120)
-    return [weights, switches, guidance, sampler, steps, seed, count]
+    return [*network, switches, guidance, sampler, steps, seed, count]
 
 
-def generate_tab(starts: Callable) -> list:
-    """The first tab: its gallery, what is in it, and the command of the face that is clicked."""
-    go = gr.Button("Generate", variant="primary")
-    gallery, made = gr.Gallery(elem_classes="faces", **GALLERY), gr.State()
-    hint = "Click a face: the command that makes it appears here, and you can edit it (next tab)."
-    text = gr.Textbox(show_label=False, placeholder=hint, lines=2, buttons=["copy"])
-    starts(go, generate_faces, [], [gallery, made], "generate")
-    return [gallery, made, text]
-
-
-def edit_tab(starts: Callable, weights: gr.Dropdown, upload: Callable) -> list:
+def edit_tab(starts: Callable, network: list) -> list:
     """The second tab: the visitor's face, and the canvas with it."""
     text = "Click a face in the first tab or upload one, which is cropped as the training faces."
     gr.Markdown(f"{text} Paint over what to make anew.")
     given, face = gr.UploadButton("Upload a face", file_types=["image"], size="sm"), gr.State()
+    about = dict(sources=(), transforms=(), layers=False, canvas_size=(CANVAS, CANVAS), height=460)
     brush = gr.Brush(40, ["#ff3b30"], color_mode="fixed")
-    about = dict(brush=brush, sources=(), transforms=(), layers=False, format="png")
-    canvas = make_canvas(type="filepath", canvas_size=(CANVAS, CANVAS), height=460, **about)
+    canvas = gr.ImageEditor(brush=brush, format="png", **about)
+    # Gradio would decode whatever a browser sends: take the path, or the bytes, of the file.
+    canvas.convert_and_format_image = lambda file, **_: getattr(file, "path", file)
     text = "of a variation: 1 keeps nothing of the face"
     strength = gr.Slider(0.05, 1, 0.5, step=0.05, label="Strength", info=text)
     names = dict(repair="Repair what is painted", vary="Vary all", change="Change attributes")
@@ -400,7 +365,7 @@ def edit_tab(starts: Callable, weights: gr.Dropdown, upload: Callable) -> list:
     gallery = gr.Gallery(elem_classes="faces", **GALLERY)
     for how, button in buttons.items():
         starts(button, partial(edit, how), [face, canvas, strength], [gallery], how)
-    given.upload(upload, [weights, given], [face, canvas], api_name="upload", **NETWORK)
+    given.upload(upload, [*network, given], [face, canvas], api_name="upload", **NETWORK)
     return [face, canvas]
 
 
@@ -408,33 +373,30 @@ def walk_tab(starts: Callable) -> None:
     """The third tab: from face to face."""
     gr.Markdown("Give the numbers of two generated faces, the first of which is 0, or two images.")
     ends = []
-    for label in ("From face", "To face"):
+    for number, label in enumerate(("From face", "To face")):
         with gr.Row():
-            ends.append(gr.Number(len(ends) // 2, precision=0, minimum=0, label=label))
+            ends.append(gr.Number(number, precision=0, minimum=0, label=label))
             ends.append(gr.File(label="or an image", file_types=["image"], height=140))
     go, frames = gr.Button("Walk", variant="primary"), gr.State()
     where = gr.Slider(1, FRAMES, 1, step=1, label="Where")
+    about = dict(interactive=False, elem_classes="faces", min_width=150)
     with gr.Row():
-        about = dict(interactive=False, elem_classes="faces", min_width=150)
         large = gr.Image(label="Face", format="png", buttons=[], **about)
         gif = gr.Image(label="GIF", type="filepath", buttons=["download"], **about)
     gallery = gr.Gallery(elem_classes="faces", **GALLERY)
     starts(go, walk, ends, [gallery, frames, large, gif], "between")
-    where.input(lambda faces, i: faces and faces[int(i) - 1], [frames, where], large, **PRIVATE)
+    where.input(lambda faces, i: faces and faces[int(i) - 1], [frames, where], large, **QUIET)
 
 
-def run_tab(tab: gr.Tab) -> list:
-    """The last tab, which is refreshed once it was opened. Returns its lists of runs."""
-    names = run_names()
-    with gr.Row():
-        runs = [gr.Dropdown(names, label=text, filterable=False) for text in ("Run", "beside it")]
+def run_tab(tab: gr.Tab) -> gr.Dropdown:
+    """The last tab, which is refreshed once it was opened. Returns its list of runs."""
+    runs = gr.Dropdown(multiselect=True, max_choices=2, label="Run, or two")
     plot, timer = gr.Plot(show_label=False), gr.Timer(5, active=False)
     share = gr.Slider(0, 100, 100, step=1, label="Grids", info="0: the first, 100: the newest")
-    changes = [tab.select, timer.tick, share.change, *(run.change for run in runs)]
     outputs = [plot, gr.Gallery(elem_classes="faces grids", **GALLERY)]
-    about = PRIVATE | dict(api_visibility="public", api_name="run", concurrency_limit=1)
-    gr.on(changes, watch, [*runs, share], outputs, **about)
-    tab.select(lambda: gr.Timer(active=True), None, timer, **PRIVATE)
+    changes = [tab.select, timer.tick, share.change, runs.change]
+    gr.on(changes, watch, [runs, share], outputs, concurrency_limit=1, **QUIET)
+    tab.select(lambda: gr.Timer(active=True), None, timer, **QUIET)
     return runs
 
 

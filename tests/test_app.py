@@ -85,8 +85,7 @@ def test_command_of_a_face_makes_it_bit_for_bit(state, tmp_path, monkeypatch):
     assert np.array_equal(pixels(faces), pixels(tmp_path / "faces"))
 
 
-def test_faces_appear_while_they_form_and_can_be_clicked_at_the_end(monkeypatch):
-    monkeypatch.setattr(app, "PAUSE", 0)
+def test_faces_appear_while_they_form_and_can_be_clicked_at_the_end():
     steps = list(app.generate_faces("auto", *CONTROLS))
     assert [status for status, _, _ in steps[:-1]] == ["Step 1 of 3", "Step 2 of 3"]
     assert all(len(faces) == 4 for _, faces, _ in steps)
@@ -98,7 +97,7 @@ def test_faces_appear_while_they_form_and_can_be_clicked_at_the_end(monkeypatch)
 def test_edited_faces_are_those_of_sample(how, tmp_path):
     face, _ = last(app.upload("auto", "run", "face.png"))
     canvas = dict(background=None, layers=["strokes.png"], composite=None)
-    _, gallery = last(app.edit(how, "auto", face, canvas, 0.5, *CONTROLS))
+    _, gallery = last(app.edit(how, face, canvas, 0.5, "auto", *CONTROLS))
     flags = dict(repair=dict(mask="strokes.png"), vary=dict(strength=0.5))
     flags = FLAGS | flags.get(how, dict(steps=app.INVERSION_STEPS))
     face.save(tmp_path / "mine.png")
@@ -112,7 +111,7 @@ def test_edited_faces_are_those_of_sample(how, tmp_path):
 
 
 def test_walk_is_that_of_sample_and_a_gif(tmp_path):
-    walk = app.walk("auto", 0, None, 1, None, *CONTROLS)
+    walk = app.walk(0, None, 1, None, "auto", *CONTROLS)
     steps = [(faces, large, gif and Image.open(gif).n_frames) for _, faces, large, _, gif in walk]
     faces, large, frames = steps[-1]
     flags = FLAGS | dict(interpolate=(0, 1), num_images=app.FRAMES, out=str(tmp_path / "out"))
@@ -180,12 +179,12 @@ def test_stop_stops_all_that_computes(page):
 
 
 def test_run_is_shown_by_its_curves_and_its_grids():
-    figure, grids = last(app.watch("run", None, 0))
+    figure, grids = app.watch(["run"], 0)
     training, held_out = figure.axes[0].lines
     history = load_checkpoint(list_checkpoints(Path("run"))[0])["history"]
     assert np.allclose(training.get_xydata(), history) and len(held_out.get_xydata()) == 2
-    assert grids[0][1] == "run, step 3" and last(app.watch("run", None, 100))[1][0][1].endswith("6")
-    figure, grids = last(app.watch("../page/run", None, 0))
+    assert grids[0][1] == "run, step 3" and app.watch(["run"], 100)[1][0][1] == "run, step 6"
+    figure, grids = app.watch(["../page/run"], 0)
     assert not figure.axes[0].lines and not grids
 
 
