@@ -22,19 +22,10 @@ pytestmark = pytest.mark.browser
 
 
 @pytest.fixture(scope="module")
-def folder(finished, tmp_path_factory):
-    """The server's current folder: a run, a face, and a file that is no image."""
+def address(finished, tmp_path_factory):
+    """The address of the page that `python app.py` shows beside a run, without a traceback."""
     folder = tmp_path_factory.mktemp("page")
     shutil.copytree(finished / "run", folder / "run")
-    pixels = np.random.default_rng(0).integers(0, 256, (218, 178, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(folder / "face.png")
-    (folder / "text.png").write_text("no image")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def address(folder):
-    """The address at which `python app.py` shows the page. It must not print a traceback."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -123,14 +114,17 @@ def test_faces_have_what_was_chosen_and_the_command_makes_them_again(visit, monk
     assert np.array_equal(faces, again)
 
 
-def test_what_is_painted_on_an_upload_is_repaired_and_the_rest_stays(visit, folder):
+def test_what_is_painted_on_an_upload_is_repaired_and_the_rest_stays(visit, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (218, 178, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "face.png")
+    (tmp_path / "text.png").write_text("no image")
     page = visit(Faces=3, Steps=2)
     page.get_by_role("tab", name="Edit").click()
     file = page.locator("input[type=file]").first
-    file.set_input_files(folder / "text.png")
+    file.set_input_files(tmp_path / "text.png")
     message = page.get_by_text("cannot be used as an image").first
     assert message.inner_text().startswith("text.png")  # and no folder
-    file.set_input_files(folder / "face.png")
+    file.set_input_files(tmp_path / "face.png")
     page.get_by_text(re.compile(r"^\d+%$")).wait_for()  # the zoom: the canvas has the face
     page.wait_for_timeout(1000)
     box = page.locator("canvas").first.bounding_box()
@@ -140,7 +134,7 @@ def test_what_is_painted_on_an_upload_is_repaired_and_the_rest_stays(visit, fold
     page.mouse.move(x + 60, y, steps=3)
     page.mouse.up()
     face, hole, *answers = press(page, "Repair what is painted", 3)
-    assert np.array_equal(face, crop_face(Image.open(folder / "face.png"), 8))
+    assert np.array_equal(face, crop_face(Image.fromarray(pixels), 8))
     painted = (hole != face).any(-1)
     assert painted[3:5, 3:5].any() and not painted[:2].any() and len(answers) == 3
     for answer in answers:
