@@ -12,11 +12,11 @@ import hashlib
 import io
 import itertools
 import json
-import multiprocessing
 import os
 import random
 import re
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -26,7 +26,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import STATE, assert_same_state, in_fork, needs_posix, tiny
+from conftest import STATE, assert_same_state, final, in_fork, tiny
 from matplotlib.figure import Figure
 
 import engine
@@ -34,7 +34,6 @@ import train as train_module
 import utils
 from system import files, processes
 from train import Config, train
-from utils import checkpoint_path, load_checkpoint
 
 STEPS = 3  # the second checkpoint is removed when the third is saved; the first one guides
 SHORT = dict(num_training_steps=STEPS, log_every=STEPS, save_every=1, sample_every=STEPS)
@@ -50,10 +49,6 @@ def quick(here, monkeypatch):
     monkeypatch.setattr(Figure, "add_subplot", lambda self, **_: Figure())
     monkeypatch.setattr(Figure, "plot", lambda self, *_: None, raising=False)
     monkeypatch.setattr(os, "fsync", lambda handle: None)
-
-
-def final(name: str = "run", step: int = STEPS) -> dict:
-    return load_checkpoint(checkpoint_path(Path(name), step))
 
 
 # At each effect on a file ------------------------------------------------------------------------
@@ -138,8 +133,7 @@ def left_by_kills(config: Config) -> tuple[dict[str, int], list[str]]:
 
 def assert_resumes_to(whole: dict, folder: str, config: Config) -> None:
     """What a kill has left in the folder resumes to the state of the whole run."""
-    result = in_fork(lambda: train(replace(config, experiment_name=folder)))
-    assert result.returncode == 0, (folder, result.stderr)
+    train(replace(config, experiment_name=folder))
     assert_same_state(whole, final(folder), (*STATE, "history"))
 
 
@@ -209,28 +203,15 @@ def test_a_run_killed_at_any_line_resumes_to_the_same_end(quick, optimizer):
 
 @pytest.mark.parametrize("times, steps", [(3, 8), pytest.param(40, 40, marks=SLOW)])
 def test_a_process_killed_at_random_times_comes_to_the_same_end(here, times, steps):
-    """The last one is left to finish."""
-    needs_posix()
     config = tiny(**SHORT | {"num_training_steps": steps, "log_every": 1})
-
-    def begin():
-        process = multiprocessing.get_context("fork").Process(target=train, args=[config])
-        process.start()
-        return process
-
     started = time.monotonic()
-    begin().join()
+    train(replace(config, experiment_name="whole"))
     seconds = time.monotonic() - started
-    os.rename("run", "whole")
     kills, draw = 0, random.Random(0)
     while kills < times:
-        process = begin()
-        process.join(seconds * draw.random())
-        if process.exitcode is None:
-            process.kill()
-            process.join()
-            kills += 1
-        else:  # it had finished: start over
+        code = in_fork(lambda: train(config), timeout=seconds * draw.random()).returncode
+        assert code in (0, -signal.SIGKILL)
+        kills += code != 0
+        if code == 0:  # it had finished: start over
             shutil.rmtree("run")
-    begin().join()
-    assert_same_state(final("whole", steps), final("run", steps), (*STATE, "history"))
+    assert_resumes_to(final("whole"), "run", config)
