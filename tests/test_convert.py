@@ -1,38 +1,15 @@
 """The command that writes weights for diffusers."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
-from conftest import run_script, tensors_equal, tiny, write_pictures
+from conftest import run_script, tensors_equal, tiny
 
 from convert import ConvertConfig, convert
 from formats.weights import open_weights
 from system.errors import UsageError, UserError
 from train import train
-
-WIDE = dict(channels=64, channel_mults=(1, 1), head_dim=64, num_timesteps=20)
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A folder with a run, `run`, and the same for diffusers, `folder`."""
-    patch = pytest.MonkeyPatch()
-    patch.chdir(tmp_path_factory.mktemp("made"))
-    write_pictures(Path(), 22)
-    train(tiny(**WIDE, num_training_steps=3))
-    convert(ConvertConfig(checkpoint="run", out="folder"))
-    yield Path().resolve()
-    patch.undo()
-
-
-@pytest.fixture
-def there(made, tmp_path, monkeypatch):
-    """A folder of the test's own with the run and its folder for diffusers."""
-    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def test_command_writes_weights_that_are_read_without_conversion(there):
@@ -44,10 +21,11 @@ def test_command_writes_weights_that_are_read_without_conversion(there):
     assert saved.diffusion == ours.diffusion
 
 
-def test_nothing_of_the_machine_is_in_the_folder(there):
-    settings = json.loads((there / "folder" / "run.json").read_text())["settings"]
+def test_nothing_of_the_machine_is_in_the_folder(converted):
+    settings = json.loads((converted / "folder" / "run.json").read_text())["settings"]
     assert not settings.keys() & {"experiment_name", "path_to_data", "init_from"}
-    assert str(there) not in "".join(path.read_text() for path in there.glob("folder/**/*.json"))
+    texts = [path.read_text() for path in converted.glob("folder/**/*.json")]
+    assert not [text for text in texts if str(converted) in text]
 
 
 @pytest.mark.parametrize(
