@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -204,16 +205,15 @@ def test_disk_without_locks_and_syncing_is_used(here, monkeypatch, capsys):
 
 def test_no_room_for_the_checkpoints_is_found_before_the_first_step(run, monkeypatch):
     """Those that are there already need no more."""
-    size = sum(path.stat().st_size for path in list_checkpoints(run))
-    usage, config = shutil._ntuple_diskusage, tiny(**LONGER, save_every=1)
     session.load_faces("pictures", 8)  # they need room, too
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(9, 9, 9))
-    with pytest.raises(ResourceError, match="9 bytes left and the checkpoints need [0-9,]{6,}"):
-        train(config)
-    assert saved_steps() == [6, 3]
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, 2 * size))
-    train(config)
-    assert saved_steps() == [7, 6, 3]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 9))
+    needed = []
+    for config in (tiny(experiment_name="new"), tiny(**LONGER)):
+        with pytest.raises(ResourceError, match="9 bytes left and the checkpoints need") as error:
+            train(config)
+        needed.append(int(re.search("need ([0-9,]+)", str(error.value))[1].replace(",", "")))
+    assert needed[0] - needed[1] == sum(path.stat().st_size for path in list_checkpoints(run))
+    assert saved_steps() == [6, 3] and not saved_steps("new")
 
 
 @pytest.mark.parametrize("call", ["pathlib.Path.mkdir", "torch.save", "os.replace"])
