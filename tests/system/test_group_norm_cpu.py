@@ -1,15 +1,12 @@
 """The fast paths of a CPU against PyTorch's own layers and float64."""
 
-import copy
-
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from diffusion import Diffusion
 from system.cpu import LargeGroupNorm, column_sums, group_norm
-from unet import UNet, Upsample
+from unet import UNet
 
 
 def channels_last(x):
@@ -65,7 +62,7 @@ def test_rounding_in_bfloat16_is_that_of_pytorch_or_of_bfloat16(side, unit, offs
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-3)])
-@pytest.mark.parametrize("rows", [1, 7, 64, 1024])
+@pytest.mark.parametrize("rows", [7, 1024])
 def test_column_sums_are_rounded_less_than_one_product_would_be(dtype, tolerance, rows):
     torch.manual_seed(0)
     x = (torch.rand(3, rows, 5) + 0.5).to(dtype)
@@ -82,42 +79,6 @@ def test_constant_images_give_finite_numbers(side):
     assert torch.isfinite(y).all() and torch.isfinite(dx).all()
 
 
-def test_upsampling_by_one_transposed_convolution_is_that_of_two_steps():
-    torch.manual_seed(0)
-    layer, x = Upsample(6), torch.randn(2, 6, 4, 5)
-    fused, plain = copy.deepcopy(layer), copy.deepcopy(layer).double()
-    xs = x.clone().requires_grad_(), x.double().requires_grad_()
-    ys = fused(xs[0]), plain(xs[1])  # in float64 it takes the two steps
-    for y in ys:
-        (y * y.detach().cos()).sum().backward()
-    pairs = [ys, [x.grad for x in xs], *zip(fused.parameters(), plain.parameters(), strict=True)]
-    for a, b in pairs[:2]:
-        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
-    for a, b in pairs[2:]:
-        torch.testing.assert_close(a.grad.double(), b.grad, rtol=1e-5, atol=1e-5)
-
-
-class Plain(nn.Module):
-    """PyTorch's own group norm on contiguous images, to stand in for ours."""
-
-    def __init__(self, norm):
-        super().__init__()
-        self.norm = norm
-
-    def forward(self, x):
-        y = native(x, self.norm.num_groups, self.norm.weight, self.norm.bias)
-        return F.silu(y) if self.norm.silu else y
-
-
-def make_plain(model: UNet) -> UNet:
-    """The same network with none of the fast path in it."""
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, nn.GroupNorm) and not isinstance(module, Plain):
-                setattr(module, name, Plain(child))
-    return model.to(memory_format=torch.contiguous_format)
-
-
 @pytest.mark.parametrize(
     "dtype, of_loss, of_gradient", [(None, 1e-5, 1e-4), (torch.bfloat16, 0.01, 0.05)]
 )
@@ -129,11 +90,9 @@ def test_fast_step_has_the_loss_and_gradient_of_a_plain_one_in_float64(dtype, of
         for parameter in fast.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.03)
     plain.load_state_dict(fast.state_dict())
-    plain = make_plain(plain).double()
-    x_0 = torch.rand(8, 3, 32, 32) * 2 - 1
-
-    # The same noise for both: made in float32.
-    eps, t = torch.randn_like(x_0), torch.arange(0, 1000, 125)
+    plain = plain.double()  # in which nothing takes a fast path
+    x_0, t = torch.rand(8, 3, 32, 32) * 2 - 1, torch.arange(0, 1000, 125)
+    eps = torch.randn_like(x_0)
     x_t = Diffusion().q_sample(x_0, t, eps)
     with torch.autocast("cpu", dtype, enabled=dtype is not None):
         output = fast(x_t, t)
@@ -141,7 +100,6 @@ def test_fast_step_has_the_loss_and_gradient_of_a_plain_one_in_float64(dtype, of
     loss.backward()
     exact = F.mse_loss(plain(x_t.double(), t), eps.double())
     exact.backward()
-
     assert abs(loss.item() - exact.item()) < of_loss * exact.item()
     ours, theirs = (
         torch.cat([p.grad.double().flatten() for p in model.parameters()])
