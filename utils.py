@@ -236,26 +236,21 @@ def reading(path: Path, fix: str) -> Iterator[None]:
 # Images -------------------------------------------------------------------------------------------
 
 
-def to_x_0(pixels: Tensor, channels: int = 3) -> Tensor:
-    """(B, H, W, 3) uint8 to (B, channels, H, W) float32 in [-1, 1]; of grey images 1 is enough."""
-    pixels = (
-        pixels[..., :channels]
-        .permute(0, 3, 1, 2)
-        .to(torch.float32, memory_format=torch.contiguous_format)
-    )
+def to_x_0(pixels: Tensor) -> Tensor:
+    """(B, H, W, 3) uint8 to (B, 3, H, W) float32 in [-1, 1]."""
+    pixels = pixels.permute(0, 3, 1, 2)
+    pixels = pixels.to(torch.float32, memory_format=torch.contiguous_format)
     return pixels.div_(127.5).sub_(1)
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """(..., 3, H, W) in [-1, 1] to (..., H, W, 3) uint8 in 0 ... 255, on the CPU. Of one channel
-    three equal ones are made: what follows, grids, files and features, knows colours only."""
+    """(..., 3, H, W) in [-1, 1] to (..., H, W, 3) uint8 in 0 ... 255, on the CPU."""
     pixels = (images.float().clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8)
-    pixels = pixels.movedim(-3, -1)
-    return pixels.expand(*pixels.shape[:-1], 3).contiguous().cpu()
+    return pixels.movedim(-3, -1).contiguous().cpu()
 
 
 def image_grid(images: Tensor, columns: int = 0, labels: Sequence[str] = ()) -> Image.Image:
-    """One image of many. images: (N, C, H, W) in [-1, 1]; columns: 0 for as square as can be;
+    """One image of many. images: (N, 3, H, W) in [-1, 1]; columns: 0 for as square as can be;
     labels: a text for each row, to the left of it, which makes the grid a sheet."""
     root = math.ceil(math.sqrt(len(images)))
     full = [count for count in range(root, 2 * root) if len(images) % count == 0]
