@@ -12,13 +12,24 @@ import socket
 import subprocess
 import sys
 import time
-import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, TINY, as_flags, needs_posix, tensors_equal, tiny, write_pictures
+from conftest import (
+    ROOT,
+    TINY,
+    as_flags,
+    assert_same_state,
+    final,
+    fork,
+    needs_posix,
+    saved_steps,
+    tiny,
+    write_pictures,
+)
 from moments import appears, die, in_exchange, in_sampling, in_save, in_step, pause
 
 from engine.log import RunLog
@@ -27,10 +38,8 @@ from sample import SampleConfig, sample
 from system import flags
 from system.errors import DataError, OtherFailed, UsageError
 from system.processes import Processes
-from train import train
-from utils import checkpoint_path, list_checkpoints, load_checkpoint
+from train import Config, train
 
-STATE = ("step", "model", "ema", "optimizer", "scaler")
 MUON = dict(optimizer="muon", learning_rate=1e-2)
 SPLIT = dict(  # 6 updates of 4 micro-batches, with everything that is random
     path_to_data="synthetic",
@@ -76,37 +85,34 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def fork(count: int, work, folders=None, **variables) -> list[int]:
+def machines(*counts: int) -> list[Path]:
+    """The folders of some machines, each with so many images."""
+    folders = [Path(f"machine{i}").absolute() for i in range(len(counts))]
+    for folder, count in zip(folders, counts, strict=True):
+        folder.mkdir()
+        write_pictures(folder, count)
+    return folders
+
+
+def start(count: int, work, folders=None, **variables) -> list[int]:
     """Start processes that each do work(rank) as a script would; returns their pids. What they
     print is in rank0.txt, rank1.txt, ...
 
     folders: of each, if each stands for a machine; variables: of the environment."""
     variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()} | variables
     variables |= {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": 1 if folders else count}
+
+    def begin(rank):
+        mine = {"RANK": rank, "LOCAL_RANK": 0 if folders else rank}
+        os.environ.update({k: str(v) for k, v in (variables | mine).items()})
+        os.chdir(folders[rank] if folders else ".")
+        RunLog.plot_loss = lambda self: None  # half of a tiny run's time
+        flags.run(lambda: work(rank))
+
     pids = []
     for rank in range(count):
-        pid = os.fork()
-        if pid:
-            pids.append(pid)
-            continue
-        code = 1
-        try:
-            file = open(f"rank{rank}.txt", "w", buffering=1)
-            sys.stdout = sys.stderr = file
-            os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
-            mine = {"RANK": rank, "LOCAL_RANK": 0 if folders else rank}
-            os.environ.update({k: str(v) for k, v in (variables | mine).items()})
-            os.chdir(folders[rank] if folders else ".")
-            torch.set_num_threads(1)
-            RunLog.plot_loss = lambda self: None  # half of a tiny run's time
-            flags.run(lambda rank=rank: work(rank))
-            code = 0
-        except SystemExit as stop:
-            code = stop.code
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
+        with open(f"rank{rank}.txt", "wb") as file:
+            pids.append(fork(lambda rank=rank: begin(rank), file, file))
     FORKED.extend(pids)
     return pids
 
@@ -133,17 +139,19 @@ def complaints(text: str) -> list[str]:
     return [line for line in text.splitlines() if line.startswith(("error", "Traceback"))]
 
 
-def final(name: str, step: int = 6) -> dict:
-    return load_checkpoint(checkpoint_path(Path(name), step))
+def training(config: Config, moment: Callable | None = None, *details) -> Callable:
+    """What `start` lets each process do: train, with what a function of moments.py arranges."""
+
+    def work(_):
+        if moment:
+            moment(*details)
+        train(config)
+
+    return work
 
 
-def assert_equal_runs(a: dict, b: dict) -> None:
-    for part in STATE:
-        assert tensors_equal(a[part], b[part]), part
-
-
-def finish(count: int, config, **options) -> None:
-    assert join(fork(count, lambda rank: train(config), **options)) == [0] * count, said()
+def finish(count: int, config: Config, **options) -> None:
+    assert join(start(count, training(config), **options)) == [0] * count, said()
 
 
 # The split ---------------------------------------------------------------------------------------
@@ -156,13 +164,19 @@ def split(count: int, **changes):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The ends of unbroken runs of SPLIT by 1, 2 and 4 processes."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dataset.sources.NUM_SYNTHETIC", 60)
-        patch.chdir(tmp_path_factory.mktemp("whole"))
-        for count in (1, 2, 4):
-            finish(count, split(count, experiment_name=f"of_{count}"))
-        return {count: final(f"of_{count}") for count in (1, 2, 4)}
+    """whole(config, count): the end of an unbroken run by so many processes."""
+    ends = {}
+
+    def end(config: Config, count: int = 2) -> dict:
+        if (config, count) not in ends:
+            folder = tmp_path_factory.mktemp("whole")
+            write_pictures(folder, 22)
+            with contextlib.chdir(folder):
+                finish(count, config)
+                ends[config, count] = final()
+        return ends[config, count]
+
+    return end
 
 
 def assert_close(a: dict, b: dict) -> None:
@@ -174,55 +188,39 @@ def assert_close(a: dict, b: dict) -> None:
 
 
 def test_a_run_is_the_same_split_among_1_2_or_4_processes(whole):
-    assert_close(whole[1], whole[2])
-    assert_close(whole[1], whole[4])
+    alone = whole(split(1), 1)
+    for count in (2, 4):
+        assert_close(alone, whole(split(count), count))
 
 
 def test_a_killed_run_of_4_processes_goes_on_with_4_or_with_fewer(here, whole):
-    def work(_):
-        in_step(4, 2, die)
-        train(split(4))
-
-    codes = join(fork(4, work))
-    assert codes == [5, 5, -signal.SIGKILL, 5] and list_checkpoints(here / "run")[0].stem[-1] == "3"
+    codes = join(start(4, training(split(4), in_step, 4, 2, die)))
+    assert codes == [5, 5, -signal.SIGKILL, 5] and saved_steps() == [3]
     shutil.copytree("run", "fewer")
     finish(4, split(4, resume=True))
-    assert_equal_runs(whole[4], final("run"))  # bit for bit
+    assert_same_state(whole(split(4), 4), final())  # bit for bit
     finish(2, split(2, experiment_name="fewer", resume=True))
-    assert_close(whole[4], final("fewer"))
-    with pytest.raises(UsageError, match="--gradient_accumulation_steps 4 on 1 processes"):
+    assert_close(whole(split(4), 4), final("fewer"))
+    with pytest.raises(UsageError, match="has 4 micro-batches, .* 1. Fix: .* 4 on 1 processes"):
         train(split(4, resume=True))
 
 
-def test_two_machines_need_no_disk_in_common(here):
+def test_two_machines_need_no_disk_in_common(here, whole):
     """Each process has a folder of its own, and only rank 0's ever holds the run."""
-    config = dict(MUON, batch_size=2)
-    finish(2, tiny(**config, experiment_name="whole"))
-    folders = [here / "a", here / "b"]
-    for folder in folders:
-        folder.mkdir()
-        write_pictures(folder, 22)
-
-    def work(_):
-        in_step(4, 1, die)
-        train(tiny(**config))
-
-    join(fork(2, work, folders))
+    config, folders = dict(MUON, batch_size=2), machines(22, 22)
+    join(start(2, training(tiny(**config), in_step, 4, 1, die), folders))
     finish(2, tiny(**config, resume=True), folders=folders)
     assert "resumed" in said(0) and said(1) == ""
-    assert not (here / "b" / "run").exists() and (here / "b" / "prepared").exists()
-    assert_equal_runs(final("whole"), final("a/run"))
+    assert not (folders[1] / "run").exists() and (folders[1] / "prepared").exists()
+    assert_same_state(whole(tiny(**config)), final("machine0/run"))
 
 
 @pytest.mark.parametrize(
     "changes, part", [({"seed": 1}, "seed"), ({"init_from": "no"}, "init_from"), ({}, "faces")]
 )
 def test_processes_that_do_not_agree_say_what_differs(here, changes, part):
-    folders = [here / "a", here / "b"]
-    for folder, count in zip(folders, (22, 22 if changes else 30), strict=True):
-        folder.mkdir()
-        write_pictures(folder, count)
-    pids = fork(2, lambda rank: train(tiny(**(changes if rank else {}))), folders)
+    folders = machines(22, 22 if changes else 30)
+    pids = start(2, lambda rank: train(tiny(**(changes if rank else {}))), folders)
     assert join(pids) == [2, 2], said()
     for rank in (0, 1):  # on each machine
         (line,) = complaints(said(rank))
@@ -241,9 +239,9 @@ def test_more_processes_than_gpus_are_refused_once(monkeypatch):
 # The end -----------------------------------------------------------------------------------------
 
 PLACES = {
-    "a step": lambda rank: in_step(3, 0, pause),
-    "a save": lambda rank: in_save(pause),
-    "the sampling": lambda rank: in_sampling(pause),
+    "a step": (in_step, 3, 0, pause),
+    "a save": (in_save, pause),
+    "the sampling": (in_sampling, pause),
 }
 QUICK = [("a step", "rank 1"), ("a save", "all twice"), ("the sampling", "rank 0")]
 REST = [(p, to) for p in PLACES for to in ("rank 0", "rank 1", "all", "all twice")]
@@ -253,13 +251,8 @@ SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in REST if case not
 @pytest.mark.parametrize("place, to", [*QUICK, *SLOW])
 def test_a_signal_to_any_process_saves_for_all(here, place, to):
     every = {"a save": "save_every", "the sampling": "sample_every"}.get(place)
-    config = tiny(**{**LONG, **({every: 3} if every else {})})
-
-    def work(rank):
-        PLACES[place](rank)
-        train(config)
-
-    pids = fork(2, work)
+    config = tiny(**LONG | ({every: 3} if every else {}))
+    pids = start(2, training(config, *PLACES[place]))
     appears("busy")
     targets = {"rank 0": pids[:1], "rank 1": pids[1:]}.get(to, pids)
     for _ in range(2 if to == "all twice" else 1):
@@ -267,17 +260,16 @@ def test_a_signal_to_any_process_saves_for_all(here, place, to):
             os.kill(pid, signal.SIGTERM)
     Path("go").touch()
     assert join(pids) == [143, 143], said()
-    newest, *_ = list_checkpoints(here / "run")
-    assert load_checkpoint(newest)["step"] == int(newest.stem[5:]) >= 3
+    assert final()["step"] == saved_steps()[0] >= 3
     assert said().count("is saved") == 1 and not complaints(said()), said()
 
 
 def test_a_signal_while_the_faces_are_prepared_ends_all(here, monkeypatch):
     monkeypatch.setattr("engine.session.load_faces", lambda *_, **__: pause())
-    pids = fork(2, lambda rank: train(tiny(**LONG)))
+    pids = start(2, training(tiny(**LONG)))
     appears("busy")
     os.kill(pids[0], signal.SIGTERM)
-    assert join(pids) == [143, 5] and not list_checkpoints(here / "run")
+    assert join(pids) == [143, 5] and not saved_steps()
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -287,11 +279,7 @@ def test_an_error_of_one_process_ends_all(here, rank):
     def damaged():
         raise DataError("images/7.png", "is damaged", "remove it")
 
-    def work(_):
-        in_step(3, rank, damaged)
-        train(tiny(**LONG))
-
-    codes = join(fork(2, work))
+    codes = join(start(2, training(tiny(**LONG), in_step, 3, rank, damaged)))
     assert codes[rank] == 3 and codes[1 - rank] == 5
     assert len(complaints(said())) == 2 and "images/7.png: is damaged" in said(rank)
     assert "error: rank" in said(1 - rank) and "continue with --resume" in said(1 - rank)
@@ -309,31 +297,28 @@ def test_a_run_killed_before_any_exchange_goes_on_with_the_launchers_old_store(h
 
         return run
 
-    assert join(fork(2, work("whole"))) == [0, 0]
+    assert join(start(2, work("whole"))) == [0, 0]
     cases = [(rank, at) for at in range(int(Path("count").read_text())) for rank in (0, 1)]
     assert len(cases) > 60
     for rank, at in cases[::stride]:
         store = dist.TCPStore("127.0.0.1", 0, None, True)
         launcher = dict(MASTER_PORT=store.port, TORCHELASTIC_USE_AGENT_STORE="True")
-        pids = fork(2, work(f"{rank}_{at}", at, rank), **launcher)
+        pids = start(2, work(f"{rank}_{at}", at, rank), **launcher)
         assert join([pids[rank]]) == [-signal.SIGKILL]
         if at < 2:  # the other one does not know it yet: the launcher ends it
             os.kill(pids[1 - rank], signal.SIGKILL)
         assert join([pids[1 - rank]])[0] in (0, 5, -signal.SIGKILL), said()
         assert "Traceback" not in said()
-        assert join(fork(2, work(f"{rank}_{at}"), **launcher)) == [0, 0], said()
-        assert_equal_runs(final("whole"), final(f"{rank}_{at}"))
+        assert join(start(2, work(f"{rank}_{at}"), **launcher)) == [0, 0], said()
+        assert_same_state(final("whole"), final(f"{rank}_{at}"))
 
 
 def test_processes_whose_launcher_was_killed_save_and_end(here):
-    def work(_):
-        in_step(3, 0, pause)
-        train(tiny(**LONG))
-
+    work = training(tiny(**LONG), in_step, 3, 0, pause)
     alive, held = os.pipe()  # held by the launcher and its processes until they end
     launcher = os.fork()
     if launcher == 0:
-        Path("pids").write_text(" ".join(map(str, fork(2, work, TORCHELASTIC_RUN_ID="any"))))
+        Path("pids").write_text(" ".join(map(str, start(2, work, TORCHELASTIC_RUN_ID="any"))))
         signal.pause()
     os.close(held)
     appears("busy")
@@ -345,7 +330,7 @@ def test_processes_whose_launcher_was_killed_save_and_end(here):
         os.kill(pid, signal.SIGKILL)
     assert ended and os.read(alive, 1) == b"", said()
     os.close(alive)
-    assert "step 4 is saved" in said(0) and list_checkpoints(here / "run")[0].stem[-1] == "4"
+    assert "step 4 is saved" in said(0) and saved_steps() == [4]
 
 
 def test_a_launcher_that_kills_too_soon_is_named(capsys, monkeypatch):
@@ -400,14 +385,8 @@ def launch(config: dict, options: str, body="", importing="", cwd=".", module=TO
     return process
 
 
-def wait(process, seconds: float = 300) -> str:
-    """What a launcher and its processes print until they end."""
-    return process.communicate(timeout=seconds)[0]
-
-
-def test_torchrun_restarts_a_killed_run_and_forwards_a_schedulers_sigterm(here):
+def test_torchrun_restarts_a_killed_run_and_forwards_a_schedulers_sigterm(here, whole):
     """Restarted and stopped again, the run ends as one that never was."""
-    finish(2, tiny(batch_size=2, num_training_steps=9, experiment_name="whole"))
     config = dict(batch_size=2, num_training_steps=9)
     body = "moments.in_step(4, 1, die)\n"
     body += "if killed.exists(): moments.in_step(6, 0, moments.await_signal)"
@@ -415,21 +394,27 @@ def test_torchrun_restarts_a_killed_run_and_forwards_a_schedulers_sigterm(here):
     process = launch(config, options, body)
     appears("busy", 300)
     os.kill(process.pid, signal.SIGTERM)
-    text = wait(process)
+    text = process.communicate(timeout=300)[0]
     assert process.returncode != 0 and "resumed run" in text, text
     assert "step 7 is saved" in text, text
     finish(2, tiny(**config, resume=True))
-    assert_equal_runs(final("whole", 9), final("run", 9))
+    assert_same_state(whole(tiny(**config)), final())
 
 
 # Two machines: the options of each, and what happens to one of them.
-STATIC = "--nnodes 2 --node_rank {i} --nproc_per_node 1 --max-restarts 3"
-STATIC += " --master_addr 127.0.0.1 --master_port {port}"
-C10D = "--nnodes 2 --nproc_per_node 1 --max-restarts 3 --local_addr 127.0.0.1"
-C10D += " --rdzv_backend c10d --rdzv_endpoint 127.0.0.1:{port} --rdzv_id any"
+OPTIONS = {
+    "static": "--nnodes 2 --node_rank {i} --nproc_per_node 1 --max-restarts 3"
+    " --master_addr 127.0.0.1 --master_port {port}",
+    "c10d": "--nnodes 2 --nproc_per_node 1 --max-restarts 3 --local_addr 127.0.0.1"
+    " --rdzv_backend c10d --rdzv_endpoint 127.0.0.1:{port} --rdzv_id any",
+    "accelerate": "--multi_gpu --num_machines 2 --machine_rank {i} --num_processes 2"
+    " --main_process_ip 127.0.0.1 --main_process_port {port}",
+}
 # A lost machine 0 held torchrun's own store: both machines must be started again.
 FAULTS = [("killed in a step", 0), ("killed in a step", 1), ("killed while importing", 0)]
 FAULTS += [("killed while importing", 1), ("machine lost", 1)]
+CASES = [(launcher, *fault) for launcher in ("static", "c10d") for fault in FAULTS]
+CASES += [("accelerate", "nothing", 0)]
 
 
 def listens(port: int) -> bool:
@@ -438,98 +423,70 @@ def listens(port: int) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault, machine", FAULTS)
+@pytest.mark.parametrize("launcher, fault, machine", CASES)
 @pytest.mark.parametrize("disks", ["one disk", "own disks"])
-@pytest.mark.parametrize("options", [STATIC, C10D], ids=["static", "c10d"])
-def test_two_machines_go_on_after(here, options, disks, fault, machine):
-    finish(2, tiny(batch_size=2, experiment_name="whole"))
-    folders = [here / "a", here / ("a" if disks == "one disk" else "b")]
-    for folder in set(folders):
-        folder.mkdir()
-        write_pictures(folder, 22)
+def test_two_machines_go_on_after(here, whole, launcher, disks, fault, machine):
+    folders = machines(22, 22)
+    if disks == "one disk":
+        folders[1] = folders[0]
     port, body, importing = free_port(), "", ""
     if fault == "killed while importing":
         importing = str(machine)
     elif fault == "killed in a step":
         body = f"moments.in_step(4, {machine}, die)"
-    else:
+    elif fault == "machine lost":
         body = "stop = lambda: killed.exists() or (killed.touch(), moments.appears('never', 999))\n"
         body += f"moments.in_step(4, {machine}, stop)"
+    module = "accelerate.commands.launch" if launcher == "accelerate" else TORCHRUN
 
-    def start(i):
-        return launch(
-            dict(batch_size=2), options.format(i=i, port=port), body, importing, folders[i]
-        )
+    def begin(i):
+        words = OPTIONS[launcher].format(i=i, port=port)
+        return launch(dict(batch_size=2), words, body, importing, folders[i], module)
 
-    machines = [start(0)]
+    launched = [begin(0)]
     while not listens(port):  # in c10d the first one that comes has the store
         time.sleep(0.05)
-    machines.append(start(1))
+    launched.append(begin(1))
     if fault == "machine lost":
         appears("killed", 300)
-        os.killpg(machines[machine].pid, signal.SIGKILL)
+        os.killpg(launched[machine].pid, signal.SIGKILL)
         os.kill(int(Path(f"pid{machine}").read_text()), signal.SIGKILL)
-        machines[machine].wait()
-        machines[machine] = start(machine)
-    texts = [wait(each) for each in machines]
-    assert [each.returncode for each in machines] == [0, 0] and Path("killed").exists(), texts
+        launched[machine].wait()
+        launched[machine] = begin(machine)
+    texts = [each.communicate(timeout=300)[0] for each in launched]
+    assert [each.returncode for each in launched] == [0, 0], texts
+    assert Path("killed").exists() == (fault != "nothing"), texts
     assert folders[0] == folders[1] or not (folders[1] / "run").exists()
-    assert_equal_runs(final("whole"), final("a/run"))
+    assert_same_state(whole(tiny(batch_size=2)), final("machine0/run"))
 
 
 @pytest.mark.slow
-def test_accelerate_launch_runs_on_two_machines(here):
-    finish(2, tiny(batch_size=2, experiment_name="whole"))
-    options = "--multi_gpu --num_machines 2 --machine_rank {i} --num_processes 2"
-    options += f" --main_process_ip 127.0.0.1 --main_process_port {free_port()}"
-    module, folders = "accelerate.commands.launch", ("a", "b")
-    for folder in folders:
-        Path(folder).mkdir()
-        write_pictures(here / folder, 22)
-    machines = [
-        launch(dict(batch_size=2), options.format(i=i), cwd=folder, module=module)
-        for i, folder in enumerate(folders)
-    ]
-    texts = [wait(machine) for machine in machines]
-    assert [machine.returncode for machine in machines] == [0, 0], texts
-    assert_equal_runs(final("whole"), final("a/run"))
-
-
-@pytest.mark.slow
-def test_a_process_that_was_stopped_for_a_minute_goes_on(here):
-    finish(2, tiny(batch_size=2, experiment_name="whole"))
-
-    def work(_):
-        in_step(4, 1, pause)
-        train(tiny(batch_size=2))
-
-    pids = fork(2, work)
+def test_a_process_that_was_stopped_for_a_minute_goes_on(here, whole):
+    pids = start(2, training(tiny(batch_size=2), in_step, 4, 1, pause))
     appears("busy")
     os.kill(pids[1], signal.SIGSTOP)
     Path("go").touch()
     time.sleep(60)
     os.kill(pids[1], signal.SIGCONT)
     assert join(pids) == [0, 0], said()
-    assert_equal_runs(final("whole"), final("run"))
+    assert_same_state(whole(tiny(batch_size=2)), final())
 
 
 # Sampling and evaluating -------------------------------------------------------------------------
 
 
-def test_sampling_is_shared_and_gives_the_same_images(here):
-    train(tiny(num_training_steps=1))
+def test_sampling_is_shared_and_gives_the_same_images(run):
     wanted = dict(checkpoint="run", num_images=7, steps=2, batch_size=2)
     for out in ("one.png", "one"):
         sample(SampleConfig(**wanted, out=out))
     for out in ("two.png", "two"):
         config = SampleConfig(**wanted, out=out)
-        assert join(fork(2, lambda rank, config=config: sample(config))) == [0, 0], said()
+        assert join(start(2, lambda rank, config=config: sample(config))) == [0, 0], said()
     for name in ("one.png", *(f"one/{i:06d}.png" for i in range(7))):
         assert Path(name).read_bytes() == Path(name.replace("one", "two")).read_bytes()
 
 
-def test_an_evaluation_is_shared_and_measures_the_same_images(here):
-    train(tiny(num_training_steps=1))
+def test_an_evaluation_is_shared_and_measures_the_same_images(run):
     options = dict(num_images=7, samplers=("dpm++:2", "ddim:3"), batch_size=2, loss_draws=0)
     config = EvaluateConfig(checkpoint="run", features="none", **options)
     evaluate(config)
@@ -537,5 +494,5 @@ def test_an_evaluation_is_shared_and_measures_the_same_images(here):
     alone = [sheet.read_bytes() for sheet in sheets]
     for sheet in sheets:
         sheet.unlink()
-    assert join(fork(2, lambda rank: evaluate(config))) == [0, 0], said()
+    assert join(start(2, lambda rank: evaluate(config))) == [0, 0], said()
     assert [sheet.read_bytes() for sheet in sheets] == alone
