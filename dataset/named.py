@@ -76,7 +76,7 @@ def _number(
 ) -> Files:
     """The files 0, 1, ... of all parts one after another, of which the first are trained on.
 
-    get: an image of a part; classes: their names, in flags without spaces, and the labels."""
+    get: an image of a part; classes: their names and the labels."""
     starts = np.cumsum([0, *map(len, parts)])
     numbers = np.arange(starts[-1])
 
@@ -84,9 +84,8 @@ def _number(
         part = np.searchsorted(starts, int(name), side="right") - 1
         return get(parts[part], int(name) - int(starts[part]))
 
-    titles = [title.replace(" ", "_") for title in classes[0]]
     held_out = numbers >= trained if 0 < trained < len(numbers) else None
-    about = dict(classes=titles, labels=classes[1], held_out=held_out)
+    about = dict(classes=classes[0], labels=classes[1], held_out=held_out)
     return Files(where, [str(number) for number in numbers], read, repr(listing), **about)
 
 

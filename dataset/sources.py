@@ -122,6 +122,7 @@ def image_files(files: Files) -> Source:
     else:
         known = files.labels is not None
         classes, labels = (files.classes, files.labels) if known else find_classes(names)
+        classes = [name.replace(" ", "_") for name in classes]  # easier to type as flags
         if len(classes) > 1:
             attribute_names, attributes = classes, partial(one_of, classes, labels)
 

@@ -183,11 +183,11 @@ def test_folders_of_classes_become_attributes(around):
 
 def test_classes_are_asked_for_by_name_or_all_at_once():
     make_folder(Path("mine/lily"), 3)
-    make_folder(Path("mine/Rose"), 2)
+    make_folder(Path("mine/Wild Rose"), 2)
     faces = load_faces("mine", 8, attributes=("all",))
-    assert faces.attribute_names == ("Rose", "lily")
+    assert faces.attribute_names == ("Wild_Rose", "lily")
     assert faces.attributes.tolist() == [[1, -1]] * 2 + [[-1, 1]] * 3
-    assert load_faces("mine", 8, only=["rose"]).train.tolist() == [0, 1]
+    assert load_faces("mine", 8, only=["wild_rose"]).train.tolist() == [0, 1]
 
 
 # Archives inside ---------------------------------------------------------------------------------
