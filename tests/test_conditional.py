@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import tensors_equal, tiny
+from conftest import final, tensors_equal, tiny
 from PIL import Image
 
 import dataset
@@ -17,7 +17,7 @@ from sample import SampleConfig, sample, sheet
 from samplers import SAMPLERS
 from system.errors import CheckpointError, UsageError
 from train import train
-from utils import checkpoint_path, load_checkpoint, save_checkpoint
+from utils import checkpoint_path, save_checkpoint
 
 ASKED = ("Smiling", "Eyeglasses")
 
@@ -31,10 +31,6 @@ def conditional(**changes):
 @pytest.fixture(autouse=True)
 def few_faces(monkeypatch):
     monkeypatch.setattr("dataset.sources.NUM_SYNTHETIC", 60)
-
-
-def final(name="run", step=6) -> dict:
-    return load_checkpoint(checkpoint_path(Path(name), step))
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Muon against the singular value decomposition and the published rule."""
+"""Muon against the published iteration and rule."""
 
 import math
 
@@ -25,18 +25,6 @@ def give_gradients(model, seed):
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         parameter.grad = torch.randn(parameter.shape, generator=generator)
-
-
-@pytest.mark.parametrize("shape", [(16, 144), (144, 16), (32, 32)])
-def test_orthogonal_keeps_the_singular_vectors_and_makes_the_values_alike(shape):
-    generator = torch.Generator().manual_seed(0)
-    u, _, v = torch.linalg.svd(torch.randn(shape, generator=generator), full_matrices=False)
-    values = torch.linspace(0.05, 1, min(shape))
-    result = orthogonal([u * values @ v])[0]
-    inside = u.T @ result @ v.T  # diagonal where the singular vectors are kept
-    diagonal = inside.diagonal()
-    assert 0.65 < float(diagonal.min()) and float(diagonal.max()) < 1.25
-    torch.testing.assert_close(inside, diagonal.diag(), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("shape", [(96, 864), (864, 96), (128, 128)])
@@ -116,24 +104,6 @@ def test_vectors_and_ends_are_learned_as_by_adamw():
     named = models[0].named_parameters()
     for (name, ours), theirs in zip(named, models[1].parameters(), strict=True):
         assert torch.equal(ours, theirs) != (id(ours) in learned_by_muon), name
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_gradient_that_is_not_finite_changes_nothing(name):
-    model = small_network()
-    optimizer = OPTIMIZERS[name](model, 1e-3, torch.float32)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1.0, growth_interval=2**31 - 1)
-    give_gradients(model, 0)
-    model.middle_block1.conv1.weight.grad[0, 0, 0, 0] = torch.nan
-    scaler.scale(torch.zeros(()))  # as the loss is
-    scaler.unscale_(optimizer)
-    before = [p.detach().clone() for p in model.parameters()]
-    scaler.step(optimizer)
-    scaler.update()
-    for parameter, kept in zip(model.parameters(), before, strict=True):
-        assert torch.equal(parameter, kept)
-    for state in optimizer.state.values():
-        assert all(torch.isfinite(value).all() for value in state.values())
 
 
 def test_a_gpu_skips_an_update_without_being_asked():

@@ -3,14 +3,13 @@
 import io
 import os
 import signal
-import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import needs_posix
+from conftest import in_fork
 from PIL import Image
 
 from dataset.faces import load_faces
@@ -40,27 +39,20 @@ def made_attributes(count):
     return 2 * (np.arange(1, count + 1)[:, None] >> np.arange(4) & 1) - 1
 
 
-def made_partition(count):
-    return np.arange(count) * 3 // count  # thirds: train, validation, test
-
-
 def list_texts(count, kaggle):
-    """The two lists of CelebA, as the authors or as Kaggle write them: {name: text}."""
+    """The two lists of CelebA, as the authors or as Kaggle write them: {name: text}. A third of
+    the faces is in each part of the partition: train, validation, test."""
     names = [f"{n:06d}.jpg" for n in range(1, count + 1)]
-    attributes, partition = made_attributes(count), made_partition(count)
+    attributes, parts = made_attributes(count).tolist(), np.arange(count) * 3 // count
+    faces = [*zip(names, attributes, parts, strict=True)]
     if kaggle:
-        rows = [
-            ",".join([name, *map(str, row)]) for name, row in zip(names, attributes, strict=True)
-        ]
-        table = "\r\n".join([",".join(["image_id", *NAMES]), *rows])
-        rows = [f"{name},{part}" for name, part in zip(names, partition, strict=True)]
-        split = "\n".join(["image_id,partition", *rows])
-        return {"list_attr_celeba.csv": table, "list_eval_partition.csv": split}
-    rows = [
-        name + "".join(f"{v:>3}" for v in row) for name, row in zip(names, attributes, strict=True)
-    ]
+        rows = [",".join(["image_id", *NAMES])]
+        rows += [",".join([name, *map(str, row)]) for name, row, _ in faces]
+        split = "\n".join(["image_id,partition", *(f"{name},{part}" for name, _, part in faces)])
+        return {"list_attr_celeba.csv": "\r\n".join(rows), "list_eval_partition.csv": split}
+    rows = [name + "".join(f"{value:>3}" for value in row) for name, row, _ in faces]
     table = "\n".join([str(count), " ".join(NAMES) + " ", *rows]) + "\n"
-    split = "".join(f"{name} {part}\n" for name, part in zip(names, partition, strict=True))
+    split = "".join(f"{name} {part}\n" for name, _, part in faces)
     return {"list_attr_celeba.txt": table, "list_eval_partition.txt": split}
 
 
@@ -113,17 +105,8 @@ def refused(path, kind=DataError, size=16, **options):
 
 def die_in_a_fork(action):
     """Run `action` in a copy of this process; it must end by being killed."""
-    needs_posix()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # the copy needs no other thread
-        child = os.fork()
-    if child == 0:
-        try:
-            action()
-        finally:
-            os._exit(99)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+    result = in_fork(action)
+    assert result.returncode == -signal.SIGKILL, result.stderr
 
 
 def killed(*_args, **_kwargs):

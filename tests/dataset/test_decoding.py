@@ -16,7 +16,6 @@ from made import HTML, empty_folder, jpeg, make_folder, refused  # noqa: F401
 from PIL import Image
 
 from dataset import decoding
-from dataset import faces as dataset
 from dataset.decoding import crop_face, decode_face, face_box, open_file
 from dataset.faces import load_faces
 from system.errors import DataError, ResourceError
@@ -229,19 +228,6 @@ def test_an_error_in_a_decoding_thread_ends_the_call_and_all_threads(monkeypatch
     text = refused(make_folder(Path("mine"), 1000, (8, 8)), ResourceError)
     assert "mine/" in text and "memory" in text
     assert threading.active_count() == before
-
-
-def test_an_image_removed_after_the_listing_names_the_file(monkeypatch):
-    make_folder(Path("mine"), 5)
-
-    def listed_then_removed(path):
-        source = find_source(path)
-        Path("mine/004.jpg").unlink()
-        return source
-
-    find_source = dataset.find_source
-    monkeypatch.setattr(dataset, "find_source", listed_then_removed)
-    assert "mine/004.jpg: " in refused("mine")
 
 
 # ---- What is damaged ----

@@ -96,9 +96,8 @@ def in_exchange(number: int, act) -> list[int]:
 
         return call
 
-    for name in ("init_process_group", "new_group", "broadcast_object_list", "all_gather_object"):
-        setattr(dist, name, counted(getattr(dist, name)))
-    for name in ("all_reduce", "destroy_process_group"):
+    kinds = "init_process_group new_group broadcast_object_list all_gather_object all_reduce"
+    for name in (*kinds.split(), "destroy_process_group"):
         setattr(dist, name, counted(getattr(dist, name)))
     real = Processes.distribute
 

@@ -117,12 +117,14 @@ def test_set_up_makes_a_gpu_fast_or_deterministic(gpu, kept_settings, monkeypatc
     assert not inductor.deterministic and not torch.are_deterministic_algorithms_enabled()
 
 
-def test_deterministic_reaches_the_device(here, monkeypatch):
+def test_a_training_sets_up_its_device_and_pins_its_threads(here, monkeypatch):
     asked = []
+    pin = lambda device: asked.append(device) or nullcontext()  # noqa: E731
     monkeypatch.setattr(session, "set_up_device", lambda *rest: asked.append(rest))
+    monkeypatch.setattr(session, "pinned_threads", pin)
     for deterministic in (False, True):
         train(tiny(num_training_steps=1, resume=deterministic, deterministic=deterministic))
-    assert asked == [(CPU, False), (CPU, True)]
+    assert asked == [(CPU, False), CPU, (CPU, True), CPU]
 
 
 @pytest.mark.parametrize("begin", [check_gpu, set_up_device, partial(load_trained, "a run")])

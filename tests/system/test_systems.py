@@ -162,15 +162,6 @@ def test_cores_that_run_two_threads_at_once_count_once(monkeypatch):
     assert cpu.physical_cores() == []
 
 
-def test_a_training_pins_its_threads(here, monkeypatch):
-    asked, pin = [], cpu.pinned_threads
-    monkeypatch.setattr(
-        session, "pinned_threads", lambda device: asked.append(device) or pin(device)
-    )
-    train(tiny(num_training_steps=1))
-    assert asked == [CPU]
-
-
 # The device --------------------------------------------------------------------------------------
 
 
