@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import as_flags, assert_error, assert_same_state, run_script, tiny
+from conftest import as_flags, assert_error, assert_same_state, final, run_script, saved_steps, tiny
 from PIL import Image
 
 from system.errors import CheckpointError, DivergedError, FormatError, ResourceError
@@ -35,8 +35,12 @@ def newest(folder: Path) -> Path:
     return list_checkpoints(folder)[0]
 
 
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+@pytest.fixture
+def untouched(run):
+    """The newest checkpoint of a run whose checkpoints are in the end what they were."""
+    before = {path: path.read_bytes() for path in Path("run/checkpoints").iterdir()}
+    yield newest(run)
+    assert before == {path: path.read_bytes() for path in Path("run/checkpoints").iterdir()}
 
 
 # Saving ------------------------------------------------------------------------------------------
@@ -57,41 +61,34 @@ def refuse(error: OSError | RuntimeError):
         ("os.replace", OSError(errno.EROFS, "Read-only file system"), "Read-only file system"),
     ],
 )
-def test_disk_that_refuses_costs_no_checkpoint(run, monkeypatch, call, error, said):
-    path, before = newest(run), newest(run).read_bytes()
+def test_disk_that_refuses_costs_no_checkpoint(untouched, monkeypatch, call, error, said):
     with monkeypatch.context() as patch:
         patch.setattr(call, refuse(error))
         with pytest.raises(ResourceError, match=f"{said}.*Fix: "):
-            save_checkpoint(path, {"model": torch.zeros(3)})
-    assert path.read_bytes() == before
-    assert names(run) == ["step_00000003.pt", "step_00000006.pt"]
+            save_checkpoint(untouched, {"model": torch.zeros(3)})
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 @pytest.mark.parametrize("part", ["model", "ema", "optimizer"])
-def test_numbers_that_are_not_finite_are_never_saved(run, part, poison):
-    state, before = load_checkpoint(newest(run)), newest(run).read_bytes()
+def test_numbers_that_are_not_finite_are_never_saved(untouched, part, poison):
+    state = load_checkpoint(untouched)
     tensor = [t for _, t in tensors_in(state[part]) if t.is_floating_point() and t.dim()][3]
     tensor.view(-1)[0] = poison
     with pytest.raises(DivergedError, match=f"{part}.*not finite"):
-        save_checkpoint(newest(run), state)
-    assert newest(run).read_bytes() == before
+        save_checkpoint(untouched, state)
 
 
-def test_objects_that_would_not_load_again_are_not_saved(run):
-    before = newest(run).read_bytes()
+def test_objects_that_would_not_load_again_are_not_saved(untouched):
     with pytest.raises(CheckpointError, match="would not load again"):
-        save_checkpoint(newest(run), {"step": 7, "oops": Path("x")})
-    assert newest(run).read_bytes() == before
-    assert names(run) == ["step_00000003.pt", "step_00000006.pt"]
+        save_checkpoint(untouched, {"step": 7, "oops": Path("x")})
 
 
 def test_newest_checkpoints_and_the_one_that_guides_are_kept(tmp_path, capsys, monkeypatch):
     for step in (1, 2, 3, 4, 9):
         save_checkpoint(checkpoint_path(tmp_path, step), {"step": step})
     prune_checkpoints(checkpoint_path(tmp_path, 4), keep=2, num_training_steps=6)
-    steps = [int(path.stem[5:]) for path in list_checkpoints(tmp_path)]
-    assert steps == [9, 4, 3, 2]  # 2 is the first of a fifth of the steps, 9 is of another run
+    # 2 is the first of a fifth of the steps, 9 is of another run.
+    assert saved_steps(tmp_path) == [9, 4, 3, 2]
     monkeypatch.setattr(Path, "unlink", refuse(PermissionError(errno.EPERM, "not permitted")))
     prune_checkpoints(checkpoint_path(tmp_path, 4), keep=1, num_training_steps=6)
     assert "step_00000003.pt cannot be removed (not permitted)" in capsys.readouterr().err
@@ -118,10 +115,9 @@ def test_damaged_checkpoints_give_way_to_the_newest_good_one(run, unbroken, caps
     newest(run).write_bytes(newest(run).read_bytes()[:-100])
     checkpoint_path(run, 7).write_bytes(b"")
     train(tiny(learning_rate=0.01, resume=True))
-    ours, whole = load_checkpoint(newest(run)), unbroken(learning_rate=0.01)
-    assert_same_state(ours, whole)
+    assert_same_state(final(), unbroken(learning_rate=0.01))
     assert capsys.readouterr().err.count("taking step_00000003.pt") == 2
-    aside = [name for name in names(run) if name.endswith(".damaged")]
+    aside = sorted(path.name for path in Path("run/checkpoints").glob("*.damaged"))
     assert aside == ["step_00000006.pt.damaged", "step_00000007.pt.damaged"]
 
 
