@@ -30,23 +30,18 @@ from unet import UNet
 
 OURS = dict(img_size=16, channels=32, channel_mults=(1, 2), attn_resolutions=(8,), head_dim=32)
 COSINE = dict(num_timesteps=20, noise_schedule="cosine", prediction="eps")
-# google/ddpm-cifar10-32 and google/ddpm-celebahq-256, narrower and at fewer pixels.
+# google/ddpm-cifar10-32 and google/ddpm-celebahq-256, narrower and at fewer pixels; what they do
+# not say is diffusers' default.
 CIFAR10 = dict(
     sample_size=16,
-    act_fn="silu",
     attention_head_dim=None,
     block_out_channels=(32, 64, 64, 64),
-    center_input_sample=False,
     down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
     up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
     downsample_padding=0,
     flip_sin_to_cos=False,
     freq_shift=1,
-    layers_per_block=2,
-    mid_block_scale_factor=1,
     norm_eps=1e-6,
-    norm_num_groups=32,
-    time_embedding_type="positional",
 )
 CELEBAHQ = CIFAR10 | dict(
     sample_size=32,
@@ -54,8 +49,8 @@ CELEBAHQ = CIFAR10 | dict(
     down_block_types=(*4 * ("DownBlock2D",), "AttnDownBlock2D", "DownBlock2D"),
     up_block_types=("UpBlock2D", "AttnUpBlock2D", *4 * ("UpBlock2D",)),
 )
-# examples/unconditional_image_generation: what it does not say is diffusers' default.
-SHAPE = "sample_size layers_per_block block_out_channels down_block_types up_block_types".split()
+# examples/unconditional_image_generation.
+SHAPE = ("sample_size", "block_out_channels", "down_block_types", "up_block_types")
 EXAMPLE = {name: CELEBAHQ[name] for name in SHAPE}
 PUBLISHED = {"cifar10": CIFAR10, "celebahq": CELEBAHQ, "example": EXAMPLE}
 
