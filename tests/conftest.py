@@ -30,6 +30,9 @@ from system import flags
 from train import Config, train
 from utils import checkpoint_path, list_checkpoints, load_checkpoint
 
+# Autograd decides in its first backward whether the process may fork. Here it sees no device.
+torch.zeros((), requires_grad=True).backward()
+
 ROOT = Path(__file__).resolve().parents[1]
 STATE = ("step", "model", "ema", "optimizer", "scaler")
 
