@@ -28,7 +28,7 @@ from torch import Tensor
 import sample
 from dataset.decoding import open_file
 from editing import between, noise_of, read_image
-from formats.weights import DEFAULT, SHIPPED, find_checkpoint, run_checkpoints
+from formats.weights import DEFAULT, SHIPPED, find_checkpoint, run_checkpoints, short
 from generate import Trained, add_guide, check_finite, load_trained, sample_loop
 from samplers import SAMPLERS
 from system import flags
@@ -117,7 +117,7 @@ def asked_for(device: str, name: str, switches: dict, *values) -> tuple:
     guidance = guidance if condition else 1.0  # without attributes there is nothing to guide
     about = dict(condition=condition, guidance=guidance, sampler=sampler, steps=int(steps))
     about |= dict(num_images=int(count), seed=int(seed or 0), device=device, out="faces")
-    config = sample.SampleConfig(checkpoint=sample.short(trained.path), **about)
+    config = sample.SampleConfig(checkpoint=short(trained.path), **about)
     sample.check_config(config)
     return config, trained
 

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from dataset.faces import match_names, parse_attributes
 from editing import between, edit_loop, encode, noise_of, read_image, read_mask
+from formats.weights import short
 from generate import Trained, add_guide, check_finite, generate, load_trained, sample_loop
 from samplers import SAMPLERS, check_sampler, is_deterministic
 from system import flags
@@ -138,13 +139,6 @@ def describe(trained: Trained) -> str:
     if trained.guide:
         text += f", guided by {short(trained.guide)} (two networks; --guide none uses one)"
     return text
-
-
-def short(path: Path) -> str:
-    """A checkpoint as one would name it: weights by their folder's name, files from here."""
-    if path.suffix == ".safetensors":
-        return path.parent.parent.name if path.parent.name == "unet" else path.parent.name
-    return os.path.relpath(path)
 
 
 def done(out: Path) -> Path:

@@ -17,7 +17,7 @@ from engine.run import NoLog, Run, Session, Worker
 from engine.safety import StopSignals, preflight
 from engine.state import diffusion_arguments, make_state, unet_arguments
 from formats.diffusers_folder import diffusers_obstacle
-from formats.weights import Saved, network_constants, open_weights, start_from
+from formats.weights import Saved, network_constants, open_weights, short, start_from
 from system.cpu import pinned_threads
 from system.device import (
     autocast_dtype,
@@ -184,7 +184,7 @@ def config_for_weights(config: Any, weights: Saved, given: frozenset[str] | None
     }
     other = {name: value for name, value in theirs.items() if value != getattr(config, name)}
     if other:
-        say(f"the network is that of {weights.path}: {as_flags(other)}")
+        say(f"the network is that of {short(weights.path)}: {as_flags(other)}")
     return replace(config, **theirs)
 
 

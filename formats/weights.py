@@ -1,6 +1,7 @@
 """Weights that `--checkpoint` and `--init_from` name: of a run, in a folder of diffusers', or those
 that come with the program; and how a new run starts from them."""
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -86,6 +87,13 @@ def find_checkpoint(given: str | Path | None) -> Path:
     raise CheckpointError(given or "--checkpoint", what, fix)
 
 
+def short(path: Path) -> str:
+    """A checkpoint as one would name it: weights by their folder's name, files from here."""
+    if path.suffix == ".safetensors":
+        return path.parent.parent.name if path.parent.name == "unet" else path.parent.name
+    return os.path.relpath(path)
+
+
 def run_checkpoints() -> Iterable[Path]:
     """The checkpoints of all runs under the current folder."""
     return Path().glob("*/checkpoints/step_*.pt")
@@ -130,7 +138,7 @@ def start_from(model: UNet, ema: EMA, saved: Saved, config: Any) -> None:
     if not same:
         theirs = network_constants(saved, config.img_size)
         wanted = {name: value for name, value in theirs.items() if value != getattr(config, name)}
-        what, fix = f"{saved.path} has another network", "use other weights"
+        what, fix = f"{short(saved.path)} has another network", "use other weights"
         if wanted:
             fix = f"give {as_flags(wanted)}, or leave out these flags"
         raise UsageError("--init_from", what, fix)
@@ -139,7 +147,7 @@ def start_from(model: UNet, ema: EMA, saved: Saved, config: Any) -> None:
     kept = {k: w for k, w in theirs.items() if k in ours and not (k == MAP and another_map)}
     for network in (model, ema.model):
         network.load_state_dict(ours | kept)
-    text = f"started from {saved.path}, step {saved.step}"
+    text = f"started from {short(saved.path)}, step {saved.step}"
     if another_map:
         text += "; the attributes are learned anew" if MAP in ours else "; without its attributes"
     was = {k: v for k, v in saved.diffusion.items() if v != getattr(config, k, v)}
