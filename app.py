@@ -28,7 +28,7 @@ from torch import Tensor
 import sample
 from dataset.decoding import open_file
 from editing import between, noise_of, read_image
-from formats.weights import DEFAULT, SHIPPED, find_checkpoint, run_checkpoints, short
+from formats.weights import DEFAULT, find_checkpoint, run_checkpoints, shipped_names, short
 from generate import Trained, add_guide, check_finite, load_trained, sample_loop
 from samplers import SAMPLERS
 from system import flags
@@ -90,9 +90,8 @@ def weights_names() -> list[str]:
     """The runs under the current folder, the newest first, and the weights of the program."""
     paths = [path for path in run_checkpoints() if path.exists()]  # no dead links
     paths.sort(key=lambda path: path.stat().st_mtime, reverse=True)
-    shipped = sorted(path.parent.name for path in SHIPPED.glob("*/unet"))
-    shipped = [DEFAULT, *(name for name in shipped if not name.endswith("_guide"))]
-    return list(dict.fromkeys([*(path.parent.parent.name for path in paths), *shipped]))
+    runs = [path.parent.parent.name for path in paths]
+    return list(dict.fromkeys([*runs, DEFAULT, *shipped_names()]))
 
 
 def network(device: str, name: str) -> Trained:

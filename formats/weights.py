@@ -81,8 +81,7 @@ def find_checkpoint(given: str | Path | None) -> Path:
             return checkpoints[0]
     what = "has no weights" if given and Path(given).exists() else "does not exist"
     runs = sorted({path.parent.parent.name for path in run_checkpoints()})
-    shipped = sorted(path.parent.name for path in SHIPPED.glob("*/unet"))
-    names = runs[:10] + [name for name in shipped if not name.endswith("_guide")]
+    names = runs[:10] + shipped_names()
     fix = f"name one of these: {', '.join(names)}" if names else "train first"
     raise CheckpointError(given or "--checkpoint", what, fix)
 
@@ -92,6 +91,12 @@ def short(path: Path) -> str:
     if path.suffix == ".safetensors":
         return path.parent.parent.name if path.parent.name == "unet" else path.parent.name
     return os.path.relpath(path)
+
+
+def shipped_names() -> list[str]:
+    """The names in `weights/`, without those of the guides."""
+    names = sorted(path.parent.name for path in SHIPPED.glob("*/unet"))
+    return [name for name in names if not name.endswith("_guide")]
 
 
 def run_checkpoints() -> Iterable[Path]:

@@ -30,7 +30,7 @@ from system import flags
 from train import Config, train
 from utils import checkpoint_path, list_checkpoints, load_checkpoint
 
-# Autograd decides in its first backward whether the process may fork. Here it sees no device.
+# Autograd decides in its first backward whether the process may fork: of fake tensors, it may not.
 torch.zeros((), requires_grad=True).backward()
 
 ROOT = Path(__file__).resolve().parents[1]
