@@ -27,7 +27,7 @@ from torch import Tensor
 
 import sample
 from dataset.decoding import open_file
-from editing import between, noise_of, read_image
+from editing import read_image
 from formats.weights import DEFAULT, find_checkpoint, run_checkpoints, shipped_names, short
 from generate import Trained, add_guide, check_finite, load_trained, sample_loop
 from samplers import SAMPLERS
@@ -240,10 +240,10 @@ def walk(a: int, file_a: str | None, b: int, file_b: str | None, *controls):
     config, trained = asked_for(*controls)
     ends = (file_a or int(a or 0), file_b or int(b or 0))
     config = replace(config, interpolate=ends, num_images=FRAMES)
+    if file_a or file_b:
+        config = replace(config, steps=max(config.steps, INVERSION_STEPS))
     sample.check_config(config)
-    way = dict(attributes=sample.read_condition(config, trained), guidance=config.guidance)
-    way |= dict(seed=config.seed, steps=max(config.steps, INVERSION_STEPS))
-    noise = between(*(noise_of(trained, end, **way) for end in ends), FRAMES)
+    noise = sample.noise_between(config, trained, sample.read_condition(config, trained))
     for status, faces, done in forming(trained, config, x_T=noise):
         if not done:
             yield status, faces, None, None, None

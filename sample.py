@@ -100,10 +100,7 @@ def sample_with(config: SampleConfig, processes: Processes) -> Path:
         options |= edit
         numbers = numbers if "loop" in edit else range(1)  # inversion has one answer
     if config.interpolate:
-        columns = config.num_images
-        way = dict(steps=config.steps, attributes=attributes, guidance=config.guidance)
-        ends = [noise_of(trained, end, config.seed, **way) for end in config.interpolate]
-        options["x_T"] = between(*ends, columns)
+        columns, options["x_T"] = config.num_images, noise_between(config, trained, attributes)
     elif config.sheet:
         columns, beside = config.num_images, []  # every row has its label
         labels, numbers, options["attributes"] = sheet(trained.attribute_names, columns, attributes)
@@ -263,6 +260,14 @@ def read_edit(
         edit["resample"] = config.resample
         beside.append(torch.where(edit["mask"], 0.0, image))
     return edit, beside
+
+
+def noise_between(config: SampleConfig, trained: Trained, attributes: Tensor | None) -> Tensor:
+    """The noise, (num_images, 3, H, W), on the way between the two ends of --interpolate. Raises
+    DataError for bad files."""
+    way = dict(steps=config.steps, attributes=attributes, guidance=config.guidance)
+    ends = [noise_of(trained, end, config.seed, **way) for end in config.interpolate]
+    return between(*ends, config.num_images)
 
 
 # Saving ------------------------------------------------------------------------------------------

@@ -215,9 +215,8 @@ class UNet(nn.Module):
         last = len(widths) - 1
 
         # The embedding of t, and of the attributes.
-        self.time_mlp = nn.Sequential(
-            nn.Linear(channels, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim)
-        )
+        mlp = nn.Linear(channels, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim)
+        self.time_mlp = nn.Sequential(*mlp)
         self.attribute_map = (
             nn.Linear(num_attributes, time_dim, bias=False) if num_attributes else None
         )

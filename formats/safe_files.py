@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from system.errors import CheckpointError
@@ -25,15 +25,8 @@ def save_weights(path: Path, weights: dict[str, Tensor], half: bool) -> None:
         name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in weights.items()
     }
     size = sum(tensor.nbytes for tensor in weights.values())
-    metadata = {"format": "pt"}  # diffusers refuses a file without it
-
-    def write(temporary: Path) -> None:
-        try:
-            save_file(weights, temporary, metadata)
-        except SafetensorError as error:  # what it raises if the disk is full
-            raise OSError(str(error)) from error
-
-    write_atomically(path, write, size)
+    data = save(weights, {"format": "pt"})  # diffusers refuses a file without this
+    write_atomically(path, lambda temporary: temporary.write_bytes(data), size)
 
 
 def read_json(path: Path) -> dict:

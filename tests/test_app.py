@@ -110,11 +110,14 @@ def test_edited_faces_are_those_of_sample(how, tmp_path):
     assert not np.array_equal(pixels(answers[:1]), pixels([face]))
 
 
-def test_walk_is_that_of_sample_and_a_gif(tmp_path):
-    walk = app.walk(0, None, 1, None, "auto", *CONTROLS)
+@pytest.mark.parametrize("end", [1, "face.png"])
+def test_walk_is_that_of_sample_and_a_gif(end, tmp_path):
+    file = end if isinstance(end, str) else None
+    walk = app.walk(0, None, 1, file, "auto", *CONTROLS)
     steps = [(faces, large, gif and Image.open(gif).n_frames) for _, faces, large, _, gif in walk]
     faces, large, frames = steps[-1]
-    flags = FLAGS | dict(interpolate=(0, 1), num_images=app.FRAMES, out=str(tmp_path / "out"))
+    flags = FLAGS | dict(interpolate=(0, end), num_images=app.FRAMES, out=str(tmp_path / "out"))
+    flags |= dict(steps=app.INVERSION_STEPS) if file else {}
     sample.sample(SampleConfig(**flags))
     assert np.array_equal(pixels(faces), pixels(tmp_path / "out"))
     assert frames == app.FRAMES == len(large)
