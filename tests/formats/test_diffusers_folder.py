@@ -24,7 +24,7 @@ from formats import safe_files
 from formats.diffusers_folder import diffusers_obstacle, write_folder
 from formats.safe_files import read_json
 from formats.weights import open_weights
-from system.errors import CheckpointError, ResourceError
+from system.errors import CheckpointError
 from unet import UNet
 
 OURS = dict(img_size=16, channels=32, channel_mults=(1, 2), attn_resolutions=(8,), head_dim=32)
