@@ -23,7 +23,7 @@ from utils import (
 )
 
 SHIPPED = Path(__file__).resolve().parents[1] / "weights"  # a folder for each name
-DEFAULT = "celeba_32"
+DEFAULT = "celeba_64"
 VARIANTS = ("norm_eps", "downsample_padding", "freq_shift")  # of UNet: no constants of a run
 
 

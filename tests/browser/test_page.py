@@ -103,7 +103,7 @@ def click_face(page, index: int) -> str:
 def test_faces_have_what_was_chosen_and_the_command_makes_them_again(visit, monkeypatch, tmp_path):
     page = visit(Faces=3, Steps=2, Guidance=2)
     page.get_by_label("Weights").click()
-    page.get_by_role("option", name="celeba_32").click()
+    page.get_by_role("option", name="celeba_64").click()
     page.locator("[data-name=Smiling][data-state='1']").click()
     page.locator("[data-name=Male][data-state='-1']").click()
     faces = press(page, "Generate", 3)
