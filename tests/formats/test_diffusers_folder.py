@@ -1,10 +1,12 @@
 """Folders of diffusers, written and read, compared with diffusers itself; nothing is downloaded."""
 
+import errno
 import json
 import math
 import os
 import re
 import struct
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,7 +26,7 @@ from formats import safe_files
 from formats.diffusers_folder import diffusers_obstacle, write_folder
 from formats.safe_files import read_json
 from formats.weights import open_weights
-from system.errors import CheckpointError
+from system.errors import CheckpointError, ResourceError
 from unet import UNet
 
 OURS = dict(img_size=16, channels=32, channel_mults=(1, 2), attn_resolutions=(8,), head_dim=32)
@@ -334,6 +336,16 @@ def test_pipe_in_place_of_a_configuration_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "config.json")
     with pytest.raises(CheckpointError, match="no file"):
         read_json(tmp_path / "config.json")
+
+
+def test_full_disk_under_weights_is_one_error(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(ResourceError, match="cannot be written .*No space"):
+        safe_files.save_weights(tmp_path / "a.safetensors", {"x": torch.zeros(2)}, half=False)
+    assert not list(tmp_path.iterdir())
 
 
 def test_others_may_read_the_weights(tmp_path):
