@@ -142,9 +142,8 @@ def dpm_solver(predict: Predict, x: Tensor, levels: Sequence[Level], draw: Draw)
         yield here.t, x_t, x_0_pred
         shrink = sigma_of(there) / sigma_of(here)
         y = shrink * y + (1 - shrink) * x_0_pred
-        if (
-            x_0_before is not None and there != IMAGE
-        ):  # at the image sigma is 0, its logarithm infinite
+        last = there == IMAGE  # its sigma is 0, the logarithm infinite
+        if x_0_before is not None and not last:
             y = y + (1 + (1 - shrink) / math.log(shrink)) * (x_0_pred - x_0_before)
         x_0_before = x_0_pred
     return y * math.sqrt(levels[-1].alpha_bar)
